@@ -1,0 +1,70 @@
+"""What can go wrong, as a tree.
+
+GpuemError
+  RecipeError    a recipe or an argument is wrong: which key, what was found, what is allowed
+  InputError     a file can't be used: missing, empty, alien, its header and size disagree
+    TruncatedError   fewer whole frames than the header or the scan promises
+  DataError      the bytes are there but broken: a corrupt chunk, NaN in a frame
+  PlanError      the job doesn't fit: memory needed and memory allowed, in numbers
+  DeviceError    a GPU is absent, full or lost
+  OutputError    the result can't be written: it exists, the disk is full, no permission
+
+Every message says what happened, where, with the numbers, and what to do. The command line turns each of them into
+exit code 2.
+"""
+
+
+class GpuemError(Exception):
+    """Base of everything gpuem raises on purpose."""
+
+
+class RecipeError(GpuemError, ValueError):
+    """A recipe, or an argument of the Python interface, is wrong."""
+
+
+class InputError(GpuemError):
+    """A file can't be used as detector data."""
+
+
+class TruncatedError(InputError):
+    """Fewer whole frames than promised.
+
+    Parameters
+    ----------
+    message : str
+        What, where, the numbers, the remedy.
+    whole : int
+        Number of whole frames that are there.
+    """
+
+    def __init__(self, message: str, whole: int) -> None:
+        super().__init__(message)
+        self.whole = whole
+
+
+class DataError(GpuemError):
+    """Bytes that were read are broken.
+
+    Parameters
+    ----------
+    message : str
+        What, where, the numbers, the remedy.
+    frames : tuple of int
+        Flat indices, in file order, of the frames that are lost by it.
+    """
+
+    def __init__(self, message: str, frames: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.frames = frames
+
+
+class PlanError(GpuemError):
+    """The job doesn't fit into the memory it may use."""
+
+
+class DeviceError(GpuemError):
+    """A GPU was asked for and can't be used."""
+
+
+class OutputError(GpuemError):
+    """The result can't be written."""

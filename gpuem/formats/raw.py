@@ -1,0 +1,97 @@
+"""Raw frames: any type and byte order, an offset, headers, footers and gaps per frame, one file or several."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from gpuem.errors import InputError, RecipeError, TruncatedError
+from gpuem.formats.source import File, Piece, Runs, Source
+
+SUFFIXES = (".raw", ".bin", ".dat")
+
+
+def read_header(
+    paths: tuple[Path, ...],
+    *,
+    frame: tuple[int, int] | None = None,
+    dtype: str | None = None,
+    offset: int = 0,
+    header: int = 0,
+    footer: int = 0,
+    fit: bool = False,
+) -> Source:
+    """Describe raw frames.
+
+    Parameters
+    ----------
+    paths : tuple of Path
+        The files, read one after another.
+    frame : tuple of int
+        Detector shape (y, x).
+    dtype : str
+        Type of a pixel as NumPy writes it: ``"uint16"``, ``">u2"``, ``"<f4"``.
+    offset : int
+        Bytes before the first frame's header, in every file.
+    header, footer : int
+        Bytes before and after every frame that aren't pixels.
+    fit : bool
+        Go on with the whole frames of a file that ends within a frame.
+
+    Raises
+    ------
+    RecipeError
+        `frame` or `dtype` is missing or impossible.
+    TruncatedError
+        A file ends within a frame.
+    """
+    if frame is None or dtype is None:
+        raise RecipeError(f'{paths[0]}: a raw file says nothing of itself; give frame = [256, 256], dtype = "uint16"')
+    stored = pixel_type(dtype)
+    if min(*frame, 1) < 1 or min(offset, header, footer) < 0:
+        raise RecipeError(f"frame {frame}, offset {offset}, header {header}, footer {footer}: must not be negative")
+    frame_bytes = math.prod(frame) * stored.itemsize
+    stride = header + frame_bytes + footer
+    files = tuple(File.of(path) for path in paths)
+    counts, notes = [], []
+    for file in files:
+        whole, rest = divmod(max(file.size - offset, 0), stride)
+        # the last frame is whole without its footer
+        if rest >= header + frame_bytes:
+            whole, rest = whole + 1, 0
+        if rest or file.size < offset:
+            message = (
+                f"{file.path}: {file.size} bytes hold {whole} whole frames of {frame[0]}x{frame[1]} {stored.name} "
+                f"after an offset of {offset}, and {rest} bytes more"
+            )
+            if not fit:
+                raise TruncatedError(f"{message}; check frame, dtype and offset, or set fit = true to go on", whole)
+            notes.append(message)
+        counts.append(whole)
+    if sum(counts) == 0:
+        raise InputError(f"{paths[0]}: {files[0].size} bytes, not one whole frame of {frame_bytes} bytes")
+    frames = np.array(counts, np.int64)
+    layout = Runs(
+        np.arange(len(files), dtype=np.int64),
+        np.full(len(files), offset + header, np.int64),
+        frames,
+        np.full(len(files), stride, np.int64),
+        frame_bytes,
+    )
+    total = int(frames.sum())
+    piece = Piece(0, (total,), layout, stored)
+    native = stored.newbyteorder("=")
+    return Source("raw", files, (piece,), total, frame, native, (total,), notes=tuple(notes))
+
+
+def pixel_type(name: str) -> np.dtype[np.generic]:
+    """The type of a pixel by its NumPy name; raises RecipeError unless it is a real number."""
+    try:
+        dtype = np.dtype(name)
+    except TypeError:
+        raise RecipeError(f'dtype {name!r} is not a type; write it as NumPy does: "uint16", ">u2", "<f4"') from None
+    if dtype.kind not in "uifb" or dtype.itemsize > 8:
+        raise RecipeError(f"dtype {name!r}: pixels must be integers or floats of at most 8 bytes")
+    return dtype

@@ -1,0 +1,205 @@
+"""What a format module returns: where the frames lie and how their bytes are to be read. A description, no pixels.
+
+A Source is one or more pieces. A piece holds a box of frames (its `nav` shape) stored in one way:
+
+Runs      frames one after another at a fixed distance: raw, npy, mib, empad, contiguous HDF5
+Chunks    a regular grid of separately stored (and compressed) boxes: HDF5, Zarr
+Strided   one array whose pixels of a frame aren't adjacent: Fortran order
+Calls     what can't be described by byte extents: arrays in memory, lazy arrays; a function returns a box
+
+Codecs are data too: a tuple of steps, each a name with parameters, in the order in which they are undone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuem.axes import Axis
+
+Box = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as it was when its header was read; a run refuses one that changed since."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> File:
+        """The file at `path` as it is now."""
+        stat = path.stat()
+        return cls(path, stat.st_size, stat.st_mtime_ns)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a codec, to be undone: a name that `gpuem.codecs` knows and its parameters."""
+
+    name: str
+    parameters: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Frames one after another: all arrays have one entry per run.
+
+    Parameters
+    ----------
+    file : (n,) int64
+        Index into `Source.files`.
+    offset : (n,) int64
+        Byte offset of the first frame's data.
+    frames : (n,) int64
+        Number of frames in the run.
+    stride : (n,) int64
+        Bytes from one frame's data to the next one's.
+    frame_bytes : int
+        Bytes of one frame's data as stored, headers and gaps left out.
+    """
+
+    file: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    frames: NDArray[np.int64]
+    stride: NDArray[np.int64]
+    frame_bytes: int
+
+    @classmethod
+    def one(cls, offset: int, frames: int, stride: int, frame_bytes: int, file: int = 0) -> Runs:
+        """A single run in a single file."""
+        return cls(*(np.array([v], np.int64) for v in (file, offset, frames, stride)), frame_bytes)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """A regular grid of chunks over (nav..., y, x); `file`, `offset`, `length`, `skipped` in C order of the grid.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Shape of a chunk; chunks at the upper edges are stored whole and hang over.
+    file, offset, length : (n,) int64
+        Where each chunk's bytes lie; length 0 says that it was never written.
+    skipped : (n,) uint32
+        Bit k set: step k of the codec was not applied to this chunk (in the order of writing, as HDF5 counts).
+    """
+
+    shape: tuple[int, ...]
+    file: NDArray[np.int64]
+    offset: NDArray[np.int64]
+    length: NDArray[np.int64]
+    skipped: NDArray[np.uint32]
+
+
+@dataclass(frozen=True)
+class Strided:
+    """One array of shape (nav..., y, x) in one file, with a byte stride for every axis."""
+
+    file: int
+    offset: int
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Calls:
+    """An array that answers for itself: ``read(box)`` returns the box (nav..., y, x) as a NumPy array.
+
+    `chunk` is the nav shape that is cheapest to ask for at once; `concurrent` says whether several threads may ask.
+    """
+
+    read: Callable[[Box], NDArray[Any]]
+    chunk: tuple[int, ...]
+    concurrent: bool = True
+
+
+Layout = Runs | Chunks | Strided | Calls
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Frames stored in one way.
+
+    Parameters
+    ----------
+    start : int
+        Flat index, in file order, of its first frame.
+    nav : tuple of int
+        How the frames are arranged where they are stored; their flat order is C order of this shape.
+    layout : Runs, Chunks, Strided or Calls
+        Where the bytes are.
+    stored : numpy.dtype
+        Type of a pixel as it is stored once the codec is undone, byte order included.
+    codec : tuple of Step
+        How bytes become frames, in the order in which the steps are undone; empty for plain pixels.
+    """
+
+    start: int
+    nav: tuple[int, ...]
+    layout: Layout
+    stored: np.dtype[Any]
+    codec: tuple[Step, ...] = ()
+
+    @property
+    def frames(self) -> int:
+        """Number of frames."""
+        return math.prod(self.nav)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Detector frames as files hold them.
+
+    Parameters
+    ----------
+    format : str
+        Name of the format.
+    files : tuple of File
+        All files that are read.
+    pieces : tuple of Piece
+        The frames; flat indices that no piece covers are missing.
+    frames : int
+        Number of frames the source promises, in file order.
+    frame_shape : tuple of int
+        Detector shape (y, x).
+    dtype : numpy.dtype
+        Type of a pixel as gpuem hands it out, in native byte order.
+    scan_shape : tuple of int
+        The scan as the file gives it; (frames,) where it doesn't say.
+    scan, detector : tuple of Axis
+        Calibrated axes where the file calibrates them, else empty.
+    metadata : mapping
+        What the header says, as plain values.
+    notes : tuple of str
+        What a user should be told about this file (a rest at the end, an aborted acquisition).
+    """
+
+    format: str
+    files: tuple[File, ...]
+    pieces: tuple[Piece, ...]
+    frames: int
+    frame_shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    scan_shape: tuple[int, ...]
+    scan: tuple[Axis, ...] = ()
+    detector: tuple[Axis, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def frame_nbytes(self) -> int:
+        """Bytes of a decoded frame."""
+        return math.prod(self.frame_shape) * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all frames, decoded."""
+        return self.frames * self.frame_nbytes
