@@ -1,0 +1,90 @@
+"""Analyses: each declares what it needs of a frame and turns the sums into maps.
+
+An analysis is a frozen pydantic model; its fields are what a recipe may write. It has two methods: `weights` says what
+is linear in the frame, `finish` makes maps of the sums. It never opens a file, never knows the device, never sees
+another analysis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuem.axes import Axis
+from gpuem.backends import Sums, Weights
+
+
+@dataclass(frozen=True)
+class Map:
+    """A result with its axes.
+
+    Parameters
+    ----------
+    data : array
+        The values; NaN (or False) where a scan position has no frame.
+    axes : tuple of Axis
+        One for every dimension of `data`.
+    units : str
+        Unit of the values.
+    description : str
+        What the values mean, in a sentence.
+    attributes : mapping
+        Plain values found on the way, such as a rotation angle.
+    """
+
+    data: NDArray[Any]
+    axes: tuple[Axis, ...]
+    units: str
+    description: str
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class View:
+    """What an analysis may know of the data: axes and pixel type."""
+
+    scan: tuple[Axis, ...]
+    detector: tuple[Axis, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def scan_shape(self) -> tuple[int, ...]:
+        """Shape of the scan."""
+        return tuple(axis.size for axis in self.scan)
+
+    @property
+    def frame_shape(self) -> tuple[int, int]:
+        """Detector shape (y, x)."""
+        return self.detector[0].size, self.detector[1].size
+
+    def scan_map(self, values: NDArray[Any], valid: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Values per scan position as a float64 map, NaN where `valid` is False (exact below 2^53)."""
+        return np.where(valid, values.astype(np.float64), np.nan).reshape(self.scan_shape)
+
+
+class Analysis(Protocol):
+    """What the engine asks of an analysis."""
+
+    @property
+    def name(self) -> str:
+        """Name of its maps."""
+
+    def weights(self, view: View) -> Weights:
+        """What is needed of each frame; raises RecipeError where it doesn't fit the detector."""
+
+    def finish(self, view: View, sums: Sums, valid: NDArray[np.bool_]) -> dict[str, Map]:
+        """Make maps of the sums.
+
+        Parameters
+        ----------
+        view : View
+            Axes and pixel type.
+        sums : Sums
+            The analysis's own columns, one row per scan position.
+        valid : (positions,) bool
+            Which positions had a readable frame.
+        """

@@ -1,0 +1,86 @@
+"""One module per format: it reads a header and returns a `Source`. This table says which."""
+
+from __future__ import annotations
+
+import inspect
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from gpuem.errors import InputError, RecipeError
+from gpuem.formats.source import Source
+
+FORMATS = {
+    "mib": (".mib", ".hdr"),
+    "npy": (".npy",),
+    "hdf5": (".h5", ".hdf5", ".hdf", ".he5", ".hspy", ".nxs", ".emd"),
+    "empad": (".xml",),
+    "raw": (".raw", ".bin", ".dat"),
+}
+
+
+def read_header(paths: tuple[Path, ...], format: str | None = None, **options: Any) -> Source:
+    """Describe files by their headers.
+
+    Parameters
+    ----------
+    paths : tuple of Path
+        One file, or several that belong together in this order.
+    format : str
+        Name of the format; by default found by the file's name.
+    **options
+        What the file doesn't say; those of the format's own `read_header`.
+
+    Raises
+    ------
+    RecipeError
+        The format is unknown or has no such option.
+    InputError
+        A file is missing, empty, alien or truncated.
+    """
+    for path in paths:
+        check_readable(path)
+    name = format or find_format(paths[0])
+    if name not in FORMATS:
+        near = get_close_matches(name, FORMATS, 1)
+        raise RecipeError(f"format {name!r} is unknown; {f'did you mean {near[0]!r}? ' if near else ''}"
+                          f"known: {', '.join(FORMATS)}")  # fmt: skip
+    read = import_module(f"gpuem.formats.{name}").read_header
+    allowed = inspect.signature(read).parameters
+    for key in options:
+        if key not in allowed:
+            raise RecipeError(
+                f"{paths[0]}: format {name!r} has no option {key!r} (the file itself says that); "
+                f"its options: {', '.join(k for k in allowed if k != 'paths')}"
+            )
+    source: Source = read(paths, **options)
+    return source
+
+
+def find_format(path: Path) -> str:
+    """Name of the format by the file's name; raises InputError where none fits."""
+    suffix = path.suffix.lower()
+    for name, suffixes in FORMATS.items():
+        if suffix in suffixes:
+            if name == "raw" and suffix == ".raw" and import_module("gpuem.formats.empad").claims(path):
+                return "empad"
+            return name
+    known = ", ".join(s for suffixes in FORMATS.values() for s in suffixes)
+    raise InputError(f'{path}: unknown kind of file; known: {known}. If it is one of them, say format = "..."')
+
+
+def check_readable(path: Path) -> None:
+    """Raise InputError unless `path` is a readable file with something in it."""
+    if not path.exists():
+        near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1) if path.parent.is_dir() else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise InputError(f"{path}: no such file{hint}")
+    if path.is_dir():
+        raise InputError(f"{path}: a folder, not a file")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: empty file (0 bytes)")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from gpuem.errors import InputError, TruncatedError
-from gpuem.formats.raw import pixel_type
+from gpuem.formats.raw import native_type, pixel_type
 from gpuem.formats.source import File, Piece, Runs, Source, Strided
 
 SUFFIXES = (".npy",)
@@ -49,14 +49,13 @@ def read_header(paths: tuple[Path, ...], *, fit: bool = False) -> Source:
         if not fit or fortran:
             raise TruncatedError(f"{message}; set fit = true to go on with them (C order only)", whole)
         notes = (message,)
-    native = stored.newbyteorder("=")
     if fortran:
         strides = tuple(stored.itemsize * math.prod(shape[:k]) for k in range(len(shape)))
         strides = strides if len(shape) > 2 else (frame_bytes, *strides)
         piece = Piece(0, nav, Strided(0, offset, strides), stored)
     else:
         piece = Piece(0, (whole,), Runs.one(offset, whole, frame_bytes, frame_bytes), stored)
-    return Source("npy", (file,), (piece,), frames, frame, native, nav, notes=notes)
+    return Source("npy", (file,), (piece,), frames, frame, native_type(stored), nav, notes=notes)
 
 
 def _parse(path: Path) -> tuple[tuple[int, ...], bool, np.dtype[np.generic], int]:

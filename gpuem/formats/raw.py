@@ -82,8 +82,7 @@ def read_header(
     )
     total = int(frames.sum())
     piece = Piece(0, (total,), layout, stored)
-    native = stored.newbyteorder("=")
-    return Source("raw", files, (piece,), total, frame, native, (total,), notes=tuple(notes))
+    return Source("raw", files, (piece,), total, frame, native_type(stored), (total,), notes=tuple(notes))
 
 
 def pixel_type(name: str) -> np.dtype[np.generic]:
@@ -94,4 +93,9 @@ def pixel_type(name: str) -> np.dtype[np.generic]:
         raise RecipeError(f'dtype {name!r} is not a type; write it as NumPy does: "uint16", ">u2", "<f4"') from None
     if dtype.kind not in "uifb" or dtype.itemsize > 8:
         raise RecipeError(f"dtype {name!r}: pixels must be integers or floats of at most 8 bytes")
-    return dtype
+    return np.dtype(np.uint8) if dtype.kind == "b" else dtype
+
+
+def native_type(stored: np.dtype[np.generic]) -> np.dtype[np.generic]:
+    """The type in which stored pixels are handed out: native byte order, half precision widened to single."""
+    return np.dtype(np.float32) if stored == np.float16 else stored.newbyteorder("=")

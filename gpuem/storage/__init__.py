@@ -1,0 +1,1 @@
+"""Byte extents -> bytes in memory."""

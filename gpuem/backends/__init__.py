@@ -1,0 +1,139 @@
+"""What a backend can be asked for, and which one is asked.
+
+`cpu` (Numba) and later `cuda` (CuPy) are modules with the same functions:
+
+    load(source, files, piece, box, keep)     read and decode the wanted frames of a tile
+    prepare(weights, shape, dtype)            what stays the same for all frames: spans, padded weights
+    new_sums(prepared, frames)                empty accumulators for a shard
+    add_frames(frames, prepared, sums, at)    sums, masks, moments of a block of frames
+    finite(frames)                            which frames hold neither NaN nor infinity
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuem.errors import DeviceError
+
+Device = Literal["auto", "cuda", "cpu"]
+log = logging.getLogger("gpuem")
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Frames of native pixels in one flat array.
+
+    Parameters
+    ----------
+    pixels : (m,) array
+        Pixels; what lies between frames (headers, gaps) is skipped.
+    starts : (n,) int64
+        Index into `pixels` of each frame's first pixel; a frame's pixels are contiguous, rows first.
+    shape : tuple of int
+        Detector shape (y, x).
+    """
+
+    pixels: NDArray[Any]
+    starts: NDArray[np.int64]
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Frames that can't be had: `broken`, or never written."""
+
+    indices: NDArray[np.int64]
+    message: str
+    broken: bool = True
+
+
+@dataclass(frozen=True)
+class Block:
+    """Frames in host memory and their flat indices in file order."""
+
+    frames: Frames
+    indices: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is linear in the frame, declared: the backend picks the cheapest exact way.
+
+    Parameters
+    ----------
+    total : bool
+        Sum over frames of every pixel.
+    maximum : bool
+        Maximum over frames of every pixel.
+    masks : tuple of (y, x) bool
+        Sum of each frame's pixels inside each mask; exact for integer data.
+    images : tuple of (y, x) float
+        Sum of each frame's pixels times a real weight.
+    moments : tuple of (y, x) bool or None
+        Sum, y-weighted and x-weighted sum of each frame inside each mask (None: the whole detector); exact for
+        integer data.
+    """
+
+    total: bool = False
+    maximum: bool = False
+    masks: tuple[NDArray[np.bool_], ...] = ()
+    images: tuple[NDArray[np.floating[Any]], ...] = ()
+    moments: tuple[NDArray[np.bool_] | None, ...] = ()
+
+    def __add__(self, other: Weights) -> Weights:
+        return Weights(
+            self.total or other.total,
+            self.maximum or other.maximum,
+            self.masks + other.masks,
+            self.images + other.images,
+            self.moments + other.moments,
+        )
+
+
+@dataclass
+class Sums:
+    """Results of `Weights`: int64 (or uint64) for integer data, float64 for float data.
+
+    Parameters
+    ----------
+    masks : (n, masks) array
+        Per frame, one column per mask.
+    images : (n, images) float64
+        Per frame, one column per weight image.
+    moments : (n, regions, 3) array
+        Per frame and region: sum, y-weighted sum, x-weighted sum.
+    total, maximum : (y, x) array
+        Over all frames.
+    work : dict
+        Scratch of the backend.
+    """
+
+    masks: NDArray[Any]
+    images: NDArray[np.float64]
+    moments: NDArray[Any]
+    total: NDArray[Any]
+    maximum: NDArray[Any]
+    work: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+def select(device: Device) -> ModuleType:
+    """The backend for `device`; says in the log what "auto" took and why.
+
+    Raises
+    ------
+    DeviceError
+        "cuda" was asked for. There is never a silent run on the CPU instead.
+    """
+    if device == "cuda":
+        raise DeviceError('device = "cuda": this version of gpuem has no CUDA backend yet; use "cpu" or "auto"')
+    from gpuem.backends import cpu
+
+    if device == "auto":
+        log.info("device: cpu (this version of gpuem has no CUDA backend yet)")
+    return cpu

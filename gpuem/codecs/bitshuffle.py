@@ -1,0 +1,262 @@
+"""LZ4 and the two HDF5 framings that detectors use: lz4 (filter 32004) and bitshuffle with LZ4 (32008).
+
+A detector that counts few electrons leaves most bits of a pixel zero. Bitshuffle gathers bit k of all pixels of a block
+in one bit plane, so LZ4 sees long runs. Decoding goes block by block (8 KiB): LZ4 into a scratch block that stays in
+the first-level cache, then the planes back to pixels, straight to where they belong.
+
+Every decoder takes untrusted bytes: no length is believed before it was compared with both buffers. They return a
+negative code instead of raising, run without the interpreter lock and keep no state.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+
+from gpuem.codecs.planes import Bytes, bits1, bits2, bits4, bits8, byte_at, copy16, jit, unshuffle_bits
+
+BAD_HEADER, BAD_BLOCK, TOO_SHORT, TOO_LONG = -1, -2, -3, -4
+REASONS = {
+    BAD_HEADER: "its header promises another size or an impossible block",
+    BAD_BLOCK: "a compressed block is damaged",
+    TOO_SHORT: "it ends within a block",
+    TOO_LONG: "bytes are left over behind the last block",
+}
+# how far a copy in strides of 16 bytes may reach beyond the bytes it is asked for
+SLACK = 32
+
+
+@jit
+def _length(src: Bytes, i: int, end: int, first: int) -> tuple[int, int]:
+    """A length of LZ4: 15 in the token means that more bytes follow; the next position, or -1 at the end."""
+    total = first
+    if first == 15:
+        more = 255
+        while more == 255:
+            if i >= end:
+                return -1, 0
+            more = byte_at(src, i)
+            total += more
+            i += 1
+    return i, total
+
+
+@jit
+def _literals(src: Bytes, i: int, dst: Bytes, o: int, count: int, room: int) -> None:
+    """Copy `count` bytes; in strides of 16 where reading and writing too far stays within both buffers."""
+    if count + 16 <= src.size - i and count + 16 <= room - o:
+        for k in range(0, count, 16):
+            copy16(dst, o + k, src, i + k)
+    else:
+        for k in range(count):
+            dst[np.uintp(o + k)] = src[np.uintp(i + k)]
+
+
+@jit
+def _match(dst: Bytes, o: int, distance: int, count: int, room: int) -> None:
+    """Repeat what was written `distance` bytes ago; source and target may overlap."""
+    if count + SLACK > room - o:
+        for k in range(o, o + count):
+            dst[np.uintp(k)] = dst[np.uintp(k - distance)]
+    elif distance >= 16:
+        for k in range(o, o + count, 16):
+            copy16(dst, k, dst, k - distance)
+    else:
+        # a pattern shorter than a vector: spell it out once, then copy from a whole number of patterns ago
+        for k in range(o, o + 16):
+            dst[np.uintp(k)] = dst[np.uintp(k - distance)]
+        whole = 16 - 16 % distance
+        for k in range(o + whole, o + count, whole):
+            copy16(dst, k, dst, k - whole)
+
+
+@jit
+def lz4_block(src: Bytes, i: int, end: int, dst: Bytes, start: int, stop: int) -> int:
+    """Decode the LZ4 block ``src[i:end]`` into ``dst[start:stop]``, which it must fill to the byte.
+
+    Bytes of `dst` behind `stop` may be overwritten (never beyond its end), as the next block writes them anyway.
+
+    Returns
+    -------
+    int
+        0, or `BAD_BLOCK`.
+    """
+    o, room = start, dst.size
+    while i < end:
+        token = byte_at(src, i)
+        i, count = _length(src, i + 1, end, token >> 4)
+        if i < 0 or count > end - i or count > stop - o:
+            return BAD_BLOCK
+        _literals(src, i, dst, o, count, room)
+        i += count
+        o += count
+        if i == end:
+            return 0 if o == stop else BAD_BLOCK
+        if end - i < 2:
+            return BAD_BLOCK
+        distance = byte_at(src, i) | byte_at(src, i + 1) << 8
+        i, count = _length(src, i + 2, end, token & 15)
+        count += 4
+        if i < 0 or distance == 0 or distance > o - start or count > stop - o:
+            return BAD_BLOCK
+        _match(dst, o, distance, count, room)
+        o += count
+    return BAD_BLOCK
+
+
+@jit
+def _length_at(src: Bytes, at: int) -> int:
+    """The length of a block: 4 bytes, most significant first."""
+    value = 0
+    for k in range(at, at + 4):
+        value = value << 8 | byte_at(src, k)
+    return value
+
+
+@jit
+def _next(raw: Bytes, i: int, scratch: Bytes, count: int) -> int:
+    """Decode the block whose length stands at `i` to `count` bytes; the next position or a negative code."""
+    if raw.size - i < 4:
+        return TOO_SHORT
+    stop = i + 4 + _length_at(raw, i)
+    if stop > raw.size:
+        return TOO_SHORT
+    return BAD_BLOCK if lz4_block(raw, i + 4, stop, scratch, 0, count) else stop
+
+
+@jit
+def _rest(raw: Bytes, i: int, out: Bytes, o: int) -> int:
+    """Copy the bytes that were stored as they are; they must fill the chunk exactly."""
+    if raw.size - i != out.size - o:
+        return TOO_SHORT if raw.size - i < out.size - o else TOO_LONG
+    for k in range(out.size - o):
+        out[np.uintp(o + k)] = raw[np.uintp(i + k)]
+    return 0
+
+
+@jit
+def _chunk1(raw: Bytes, out: Bytes, block: int, scratch: Bytes) -> int:
+    i, o = 12, 0
+    while out.size - o >= 8:
+        count = min(block, (out.size - o) // 8 * 8)
+        i = _next(raw, i, scratch, count)
+        if i < 0:
+            return i
+        bits1(scratch, 0, count, out, o)
+        o += count
+    return _rest(raw, i, out, o)
+
+
+@jit
+def _chunk2(raw: Bytes, out: Bytes, block: int, scratch: Bytes) -> int:
+    i, o = 12, 0
+    while out.size - o >= 16:
+        count = min(block, (out.size - o) // 16 * 16)
+        i = _next(raw, i, scratch, count)
+        if i < 0:
+            return i
+        bits2(scratch, 0, count, out, o)
+        o += count
+    return _rest(raw, i, out, o)
+
+
+@jit
+def _chunk4(raw: Bytes, out: Bytes, block: int, scratch: Bytes) -> int:
+    i, o = 12, 0
+    while out.size - o >= 32:
+        count = min(block, (out.size - o) // 32 * 32)
+        i = _next(raw, i, scratch, count)
+        if i < 0:
+            return i
+        bits4(scratch, 0, count, out, o)
+        o += count
+    return _rest(raw, i, out, o)
+
+
+@jit
+def _chunk8(raw: Bytes, out: Bytes, block: int, scratch: Bytes) -> int:
+    i, o = 12, 0
+    while out.size - o >= 64:
+        count = min(block, (out.size - o) // 64 * 64)
+        i = _next(raw, i, scratch, count)
+        if i < 0:
+            return i
+        bits8(scratch, 0, count, out, o)
+        o += count
+    return _rest(raw, i, out, o)
+
+
+_CHUNKS = {1: _chunk1, 2: _chunk2, 4: _chunk4, 8: _chunk8}
+
+
+def frame_header(raw: Bytes, nbytes: int, group: int) -> int:
+    """Bytes of a block after the header of filters 32004 and 32008, or a negative code of `REASONS`.
+
+    The header must promise `nbytes` in all, in blocks of a multiple of `group` bytes.
+    """
+    if raw.size < 12:
+        return TOO_SHORT
+    total, block = struct.unpack(">QI", raw[:12].tobytes())
+    return int(block) if total == nbytes and block > 0 and block % group == 0 else BAD_HEADER
+
+
+def bitshuffle_lz4(raw: Bytes, out: Bytes, size: int) -> int:
+    """Undo bitshuffle with LZ4 (HDF5 filter 32008) for pixels of `size` bytes.
+
+    The chunk: u64 bytes in all, u32 bytes of a block (both big-endian), then for every block a u32 length and an LZ4
+    block. The last block is cut to whole groups of 8 pixels, fewer than 8 pixels follow as they are.
+
+    Returns
+    -------
+    int
+        0, or a negative code of `REASONS`.
+    """
+    block = frame_header(raw, out.size, 8 * size)
+    if block < 0:
+        return block
+    scratch = np.empty(min(block, out.size) + SLACK, np.uint8)
+    return int(_CHUNKS[size](raw, out, block, scratch))
+
+
+def unbitshuffle(raw: Bytes, out: Bytes, size: int, block: int) -> int:
+    """Undo bitshuffle without compression: blocks of `block` bytes, then the rest as in `bitshuffle_lz4`."""
+    o, group = 0, 8 * size
+    if raw.size != out.size:
+        return TOO_SHORT if raw.size < out.size else TOO_LONG
+    while out.size - o >= group:
+        count = min(block, (out.size - o) // group * group)
+        unshuffle_bits(raw, o, count, out, o, size)
+        o += count
+    out[o:] = raw[o:]
+    return 0
+
+
+@jit
+def _lz4_blocks(raw: Bytes, out: Bytes, block: int) -> int:
+    """All blocks of a chunk whose header is right; the code of `lz4_blocks`."""
+    i, o, end = 12, 0, raw.size
+    while o < out.size:
+        count = min(block, out.size - o)
+        if end - i < 4:
+            return TOO_SHORT
+        length = _length_at(raw, i)
+        i += 4
+        if length > end - i:
+            return TOO_SHORT
+        if length == count:
+            _literals(raw, i, out, o, count, out.size)
+        elif lz4_block(raw, i, i + length, out, o, o + count):
+            return BAD_BLOCK
+        i += length
+        o += count
+    return 0 if i == end else TOO_LONG
+
+
+def lz4_blocks(raw: Bytes, out: Bytes) -> int:
+    """Undo the HDF5 lz4 filter (32004): u64 bytes in all, u32 bytes of a block, then u32 length and LZ4 block each.
+
+    A block that LZ4 couldn't make smaller is stored as it is. Returns 0 or a negative code of `REASONS`.
+    """
+    block = frame_header(raw, out.size, 1)
+    return block if block < 0 else int(_lz4_blocks(raw, out, block))

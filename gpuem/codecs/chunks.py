@@ -1,0 +1,200 @@
+"""Chunk codecs: the chain of filters that HDF5 and Zarr put a chunk through, undone step by step.
+
+Every step is a row of `_STEPS`: a function that fills a buffer of known size. The sizes are known before anything is
+decoded, from the chunk's shape backwards, so a chunk that lies about itself can neither allocate nor write too much.
+"""
+
+from __future__ import annotations
+
+import importlib
+import struct
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuem.errors import DataError
+from gpuem.formats.source import Step
+
+Bytes = NDArray[np.uint8]
+_ZSTD, _LZ4 = 3, 2
+
+
+def decode(
+    steps: tuple[Step, ...], skipped: int, raw: Bytes, nbytes: int, *, out: Bytes | None = None
+) -> NDArray[np.uint8]:
+    """Undo the filters of one chunk.
+
+    Safe to call from several threads; the decoders run without the interpreter lock.
+
+    Parameters
+    ----------
+    steps : tuple of Step
+        The codec, in the order in which the steps are undone.
+    skipped : int
+        Bit k set: the step that was applied k-th in writing, ``steps[-1 - k]``, was left out for this chunk.
+    raw : (m,) uint8
+        The chunk as it is stored.
+    nbytes : int
+        Bytes of the decoded chunk.
+    out : (nbytes,) uint8, optional
+        Where the chunk goes; saves the allocation, which for frames of 128 KiB costs as much as the decoding.
+
+    Returns
+    -------
+    (nbytes,) uint8
+        The chunk; `raw` itself where no step was applied.
+
+    Raises
+    ------
+    DataError
+        The bytes are damaged, or they decode to another size.
+    """
+    applied = [step for k, step in enumerate(steps) if not skipped >> (len(steps) - 1 - k) & 1]
+    sizes = [nbytes]
+    for step in reversed(applied[1:]):
+        sizes.append(sizes[-1] + (4 if step.name == "fletcher32" else 0))
+    data = np.ascontiguousarray(raw)
+    for k, step in enumerate(applied):
+        size = sizes[len(applied) - 1 - k]
+        target = out if out is not None and k == len(applied) - 1 else np.empty(size, np.uint8)
+        try:
+            data = _STEPS[step.name](data, target, *step.parameters)
+        except _Broken as error:
+            raise DataError(f"a chunk of {raw.size} bytes can't be decoded by {step.name}: {error}") from None
+        except KeyError:
+            raise DataError(f"a chunk is stored with {step.name}, which gpuem can't decode") from None
+        if data.size != size:
+            raise DataError(
+                f"a chunk of {raw.size} bytes decodes by {step.name} to {data.size} bytes instead of {size}"
+            )
+    if data.size != nbytes:
+        raise DataError(f"a chunk holds {data.size} bytes instead of {nbytes}")
+    if out is not None and data is not out:
+        out[:] = data
+        return out
+    return data
+
+
+def known(steps: tuple[Step, ...]) -> list[str]:
+    """Names of the steps that `decode` can't undo; empty when it can undo all of them."""
+    return [step.name for step in steps if step.name not in _STEPS]
+
+
+class _Broken(Exception):
+    """Why a step can't be undone."""
+
+
+def _imagecodecs(name: str, **options: Any) -> Callable[..., Bytes]:
+    """A decoder of imagecodecs as a step: it is loaded when first used, and its errors say what is broken."""
+
+    def undo(raw: Bytes, out: Bytes, *parameters: int) -> Bytes:
+        library = importlib.import_module("imagecodecs")
+        try:
+            decoded = getattr(library, f"{name}_decode")(raw, out=out, **options)
+        except (RuntimeError, ValueError, OverflowError) as error:
+            raise _Broken(str(error)) from None
+        return np.frombuffer(decoded, np.uint8)
+
+    return undo
+
+
+def _blosc(raw: Bytes, out: Bytes, *parameters: int) -> Bytes:
+    """Blosc 1: its header says both sizes, which are compared before the library sees the chunk."""
+    if raw.size < 16:
+        raise _Broken("it is shorter than its header")
+    nbytes, _, stored = struct.unpack("<4xIII", raw[:16].tobytes())
+    if nbytes != out.size or stored != raw.size:
+        raise _Broken(f"its header says {stored} bytes that hold {nbytes}; there are {raw.size} to hold {out.size}")
+    return _imagecodecs("blosc", numthreads=1)(raw, out)
+
+
+def _bitshuffle(raw: Bytes, out: Bytes, itemsize: int, block: int = 0, compression: int = _LZ4) -> Bytes:
+    """Bitshuffle; `block` in pixels (0: 8 KiB), `compression` 0 none, 2 LZ4, 3 zstd; the last two say it themselves."""
+    from gpuem.codecs import bitshuffle
+
+    if itemsize not in (1, 2, 4, 8):
+        raise _Broken(f"pixels of {itemsize} bytes; 1, 2, 4 and 8 are known")
+    if compression == _LZ4:
+        return _checked(bitshuffle.bitshuffle_lz4(raw, out, itemsize), out)
+    if compression == _ZSTD:
+        return _bitshuffle_zstd(raw, out, itemsize)
+    if compression:
+        raise _Broken(f"compression {compression} of bitshuffle is unknown")
+    # the library's own default: 8 KiB, in whole groups of 8 pixels
+    return _checked(bitshuffle.unbitshuffle(raw, out, itemsize, (block or 8192 // itemsize) * itemsize), out)
+
+
+def _bitshuffle_zstd(raw: Bytes, out: Bytes, itemsize: int) -> Bytes:
+    """Bitshuffle whose blocks are zstd frames, framed as those of LZ4 are."""
+    from gpuem.codecs import bitshuffle
+
+    group = 8 * itemsize
+    block = bitshuffle.frame_header(raw, out.size, group)
+    if block < 0:
+        return _checked(block, out)
+    i, o, zstd = 12, 0, _imagecodecs("zstd")
+    scratch = np.empty(min(block, out.size), np.uint8)
+    while out.size - o >= group:
+        count = min(block, (out.size - o) // group * group)
+        stop = i + 4 + int.from_bytes(raw[i : i + 4].tobytes(), "big")
+        if stop > raw.size or i + 4 > raw.size:
+            return _checked(bitshuffle.TOO_SHORT, out)
+        if zstd(raw[i + 4 : stop], scratch[:count]).size != count:
+            return _checked(bitshuffle.BAD_BLOCK, out)
+        bitshuffle.unshuffle_bits(scratch, 0, count, out, o, itemsize)
+        i, o = stop, o + count
+    if raw.size - i != out.size - o:
+        return _checked(bitshuffle.TOO_SHORT if raw.size - i < out.size - o else bitshuffle.TOO_LONG, out)
+    out[o:] = raw[i:]
+    return out
+
+
+def _lz4(raw: Bytes, out: Bytes, *parameters: int) -> Bytes:
+    from gpuem.codecs import bitshuffle
+
+    return _checked(bitshuffle.lz4_blocks(raw, out), out)
+
+
+def _shuffle(raw: Bytes, out: Bytes, itemsize: int) -> Bytes:
+    from gpuem.codecs import planes
+
+    if raw.size != out.size:
+        raise _Broken(f"{raw.size} bytes instead of {out.size}")
+    planes.unshuffle_bytes(raw, out, itemsize)
+    return out
+
+
+def _fletcher32(raw: Bytes, out: Bytes, *parameters: int) -> Bytes:
+    """Compare the checksum that follows the data, then drop it."""
+    library = importlib.import_module("imagecodecs")
+    if raw.size < 4:
+        raise _Broken("it is shorter than its checksum")
+    data = raw[:-4]
+    told, found = int.from_bytes(raw[-4:].tobytes(), "little"), int(library.h5checksum_fletcher32(data))
+    # HDF5 up to 1.6.2 wrote the bytes of each half the other way round
+    if found not in (told, (told & 0x00FF00FF) << 8 | told >> 8 & 0x00FF00FF):
+        raise _Broken(f"its checksum is {found:08x}, the file says {told:08x}")
+    return data
+
+
+def _checked(code: int, out: Bytes) -> Bytes:
+    """The decoded bytes, or the reason that a decoder of `gpuem.codecs.bitshuffle` gave."""
+    from gpuem.codecs import bitshuffle
+
+    if code < 0:
+        raise _Broken(bitshuffle.REASONS[code])
+    return out
+
+
+_STEPS: dict[str, Callable[..., Bytes]] = {
+    "deflate": _imagecodecs("deflate"),
+    "zstd": _imagecodecs("zstd"),
+    "lzf": _imagecodecs("lzf"),
+    "blosc": _blosc,
+    "lz4": _lz4,
+    "bitshuffle": _bitshuffle,
+    "shuffle": _shuffle,
+    "fletcher32": _fletcher32,
+}

@@ -1,0 +1,230 @@
+"""A data set: frames with a scan, looked at like an array or handed to `gpuem.run`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuem import tiles
+from gpuem.axes import Axis, calibrate, detector_axes, scan_axes
+from gpuem.backends import Block, cpu
+from gpuem.engine import describe
+from gpuem.errors import DataError, InputError, RecipeError
+from gpuem.formats import array, read_header
+from gpuem.formats.source import Source
+from gpuem.storage.host import Files
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Detector frames arranged as a scan; nothing but headers has been read.
+
+    Parameters
+    ----------
+    source : Source
+        Where the frames are.
+    scan, detector : tuple of Axis
+        The axes.
+    skip : int
+        Frames at the start of the file that don't belong to the scan; negative where the scan began before the file.
+    notes : tuple of str
+        What a user should know about this data.
+    """
+
+    source: Source
+    scan: tuple[Axis, ...]
+    detector: tuple[Axis, ...]
+    skip: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def scan_shape(self) -> tuple[int, ...]:
+        """Shape of the scan."""
+        return tuple(axis.size for axis in self.scan)
+
+    @property
+    def frame_shape(self) -> tuple[int, int]:
+        """Detector shape (y, x)."""
+        return self.source.frame_shape
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Scan shape and detector shape."""
+        return (*self.scan_shape, *self.frame_shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of a pixel, in native byte order."""
+        return self.source.dtype
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """Scan and detector axes."""
+        return (*self.scan, *self.detector)
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the header says."""
+        return self.source.metadata
+
+    @property
+    def positions(self) -> int:
+        """Number of scan positions."""
+        return math.prod(self.scan_shape)
+
+    def __repr__(self) -> str:
+        return f"<gpuem.Dataset {self.source.format} scan {self.scan_shape} frame {self.frame_shape} {self.dtype}>"
+
+    def __getitem__(self, index: Any) -> NDArray[Any]:
+        """Frames as NumPy arrays, in file order and native type: ``ds[3, 5]``, ``ds[0]``, ``ds[..., 10:20, 10:20]``.
+
+        Raises
+        ------
+        DataError
+            A frame asked for is missing or broken.
+        """
+        key = index if isinstance(index, tuple) else (index,)
+        if Ellipsis in key:
+            at = key.index(Ellipsis)
+            key = (*key[:at], *[slice(None)] * (len(self.shape) - len(key) + 1), *key[at + 1 :])
+        scan, detector = key[: len(self.scan)], key[len(self.scan) :]
+        chosen = np.arange(self.positions).reshape(self.scan_shape)[scan]
+        frames = self._read(np.ravel(chosen) + self.skip).reshape(*np.shape(chosen), *self.frame_shape)
+        return frames[(*[slice(None)] * np.ndim(chosen), *detector)]
+
+    def _read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
+        """Frames by their flat index in file order."""
+        out = np.empty((indices.size, *self.frame_shape), self.dtype)
+        found = np.zeros(indices.size, np.bool_)
+        with Files(self.source.files) as files:
+            for piece in self.source.pieces:
+                mine = indices[(indices >= piece.start) & (indices < piece.start + piece.frames)]
+                tile = tiles.tile_shape(piece, self.source.frame_nbytes)
+                for number in np.unique(tiles.tile_of(piece, tile, mine)).tolist():
+                    box = tiles.box(piece, tile, number)
+                    keep = np.isin(tiles.frames_of(piece, box), mine)
+                    for item in cpu.load(self.source, files, piece, box, keep):
+                        if not isinstance(item, Block):
+                            raise DataError(f"{describe(item.indices)}: {item.message}", tuple(item.indices.tolist()))
+                        for frame, start in zip(item.indices, item.frames.starts, strict=True):
+                            stop = start + math.prod(self.frame_shape)
+                            out[indices == frame] = item.frames.pixels[start:stop].reshape(self.frame_shape)
+                            found |= indices == frame
+        if not found.all():
+            raise DataError(f"{describe(indices[~found])} not in the file", tuple(indices[~found].tolist()))
+        return out
+
+
+def open(  # noqa: A001
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    scan: Sequence[int] | None = None,
+    skip: int = 0,
+    fit: bool = False,
+    calibration: Mapping[str, Any] | None = None,
+    format: str | None = None,
+    **options: Any,
+) -> Dataset:
+    """Open detector data; only headers are read.
+
+    Parameters
+    ----------
+    path : path or sequence of paths
+        A file, or several that belong together in this order.
+    scan : sequence of int
+        Shape of the scan where the file doesn't say, or to reshape it.
+    skip : int
+        Frames at the start of the file that don't belong to the scan; negative: the first positions have no frame.
+    fit : bool
+        Go on where file and scan disagree: positions without a frame are masked, frames beyond the scan are left out,
+        and both are said.
+    calibration : mapping
+        ``scan_step``, ``scan_unit``, ``detector_step``, ``detector_unit``.
+    format : str
+        mib, npy, hdf5, empad or raw; by default found by the file's name.
+    **options
+        What the format needs to be told, such as ``frame``, ``dtype``, ``offset``, ``header``, ``footer`` for raw and
+        ``dataset`` for HDF5.
+
+    Returns
+    -------
+    Dataset
+        The data set.
+
+    Raises
+    ------
+    InputError
+        The file is missing, alien, truncated, or has another number of frames than the scan.
+    RecipeError
+        An option is unknown or impossible.
+    """
+    many = [path] if isinstance(path, str | os.PathLike) else list(path)
+    if not many:
+        raise RecipeError("path: no file is given")
+    options = {key: value for key, value in options.items() if value is not None}
+    paths = tuple(Path(p).expanduser() for p in many)
+    return arrange(read_header(paths, format, **({"fit": True} if fit else {}), **options), scan, skip, fit, calibration)
+
+
+def of_array(data: Any) -> Dataset:
+    """A data set of an array (scan..., y, x) in memory: NumPy, CuPy, Dask or anything that slices."""
+    return arrange(array.describe(data), None, 0, False, None)
+
+
+def arrange(
+    source: Source,
+    scan: Sequence[int] | None,
+    skip: int,
+    fit: bool,
+    calibration: Mapping[str, Any] | None,
+) -> Dataset:
+    """Arrange the frames of a source as a scan.
+
+    Raises
+    ------
+    InputError
+        The numbers of frames and positions differ, and `fit` is False.
+    RecipeError
+        The scan or the calibration is impossible.
+    """
+    name = source.files[0].path if source.files else "array"
+    there = source.frames - skip
+    shape = tuple(int(n) for n in scan) if scan is not None else (source.scan_shape if skip == 0 else (there,))
+    if not shape or min(shape) < 1:
+        raise RecipeError(f"{name}: scan {list(shape)} with skip {skip}: every axis needs at least one position")
+    positions = math.prod(shape)
+    notes = list(source.notes)
+    if there != positions:
+        less = there < positions
+        message = (
+            f"{name}: {source.frames} frames{f', {skip} of them skipped,' if skip else ''} for a scan of "
+            f"{' x '.join(map(str, shape))} = {positions} positions, {abs(there - positions)} too {'few' if less else 'many'}"
+        )
+        if not fit:
+            remedy = "mask the positions without a frame" if less else "leave out the frames beyond the scan"
+            raise InputError(f"{message}. Give the right scan or skip, or set fit = true to {remedy}")
+        notes.append(message)
+    if skip < 0:
+        notes.append(f"the first {-skip} positions have no frame (skip = {skip})")
+    axes = source.scan if source.scan and tuple(a.size for a in source.scan) == shape else scan_axes(shape)
+    detector = source.detector or detector_axes(source.frame_shape)
+    for key in calibration or {}:
+        if key not in ("scan_step", "scan_unit", "detector_step", "detector_unit"):
+            raise RecipeError(f"calibration: {key!r} is unknown; known: scan_step, scan_unit, detector_step, detector_unit")
+    given = dict(calibration or {})
+    if given.get("scan_step") is not None:
+        axes = calibrate(axes, _steps(given["scan_step"]), given.get("scan_unit") or "nm")
+    if given.get("detector_step") is not None:
+        detector = calibrate(detector, _steps(given["detector_step"]), given.get("detector_unit") or "mrad")
+    return Dataset(source, axes, detector, skip, tuple(notes))
+
+
+def _steps(step: Any) -> float | tuple[float, ...]:
+    return tuple(float(s) for s in step) if isinstance(step, Sequence) else float(step)

@@ -1,0 +1,227 @@
+"""One shard: for each tile, for each block of frames in it, all weights of all analyses at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuem import tiles
+from gpuem.backends import Block, Lost, Sums
+from gpuem.errors import DataError
+from gpuem.formats.source import Chunks, Piece, Runs, Source
+from gpuem.storage.host import Files
+
+OnError = Literal["stop", "mask"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all shards of a run share.
+
+    Parameters
+    ----------
+    source : Source
+        The frames.
+    files : Files
+        Its open files.
+    plan : tiles.Plan
+        The cuts.
+    backend : module
+        `gpuem.backends.cpu`.
+    prepared : object
+        The backend's form of the weights.
+    skip : int
+        Frame `skip` of the file belongs to scan position 0; negative where the first positions have no frame.
+    wanted : (positions,) bool
+        The region of interest.
+    on_error : {"stop", "mask"}
+        What to do with frames that can't be read.
+    stop : threading.Event
+        Set when the run is to end early.
+    """
+
+    source: Source
+    files: Files
+    plan: tiles.Plan
+    backend: ModuleType
+    prepared: Any
+    skip: int
+    wanted: NDArray[np.bool_]
+    on_error: OnError = "stop"
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True)
+class Partial:
+    """What one shard leaves behind: sums of the frames at `positions`, and what was lost on the way."""
+
+    shard: int
+    positions: NDArray[np.int64]
+    sums: Sums
+    lost: tuple[Lost, ...]
+    nbytes: int
+    seconds: dict[str, float]
+
+
+class StoppedError(Exception):
+    """The run ends early; a shard in work was dropped."""
+
+
+def run_shard(job: Job, index: int) -> Partial:
+    """Run one shard.
+
+    Raises
+    ------
+    DataError
+        A frame can't be read or holds NaN, and `on_error` is "stop".
+    """
+    shard = job.plan.shards[index]
+    piece, tile = job.source.pieces[shard.piece], job.plan.tiles[shard.piece]
+    sums = job.backend.new_sums(job.prepared, shard.frames)
+    positions = np.empty(shard.frames, np.int64)
+    lost: list[Lost] = []
+    seconds = {"load": 0.0, "compute": 0.0}
+    done = 0
+    extents = _extents(job.source, piece, tile, shard)
+    for extent in extents:
+        job.files.will_need(*extent)
+    for box in tiles.boxes(piece, tile, shard):
+        if job.stop.is_set():
+            raise StoppedError
+        where = tiles.frames_of(piece, box) - job.skip
+        keep = (where >= 0) & (where < job.wanted.size)
+        keep[keep] = job.wanted[where[keep]]
+        if not keep.any():
+            continue
+        start = time.perf_counter()
+        for item in job.backend.load(job.source, job.files, piece, box, keep):
+            loaded = time.perf_counter()
+            seconds["load"] += loaded - start
+            if isinstance(item, Lost):
+                lost.append(_refuse_or_mask(job, item))
+            else:
+                good, bad = _without_nan(job, item)
+                lost.extend(bad)
+                job.backend.add_frames(good.frames, job.prepared, sums, done)
+                positions[done : done + good.indices.size] = good.indices - job.skip
+                done += good.indices.size
+            start = time.perf_counter()
+            seconds["compute"] += start - loaded
+    if isinstance(piece.layout, Runs):
+        for extent in extents:
+            job.files.release(*extent)
+    sums.masks, sums.images, sums.moments = sums.masks[:done], sums.images[:done], sums.moments[:done]
+    sums.work.clear()
+    return Partial(index, positions[:done], sums, tuple(lost), done * job.source.frame_nbytes, seconds)
+
+
+def _without_nan(job: Job, block: Block) -> tuple[Block, list[Lost]]:
+    """The block without frames that hold NaN or infinity, and those."""
+    finite = job.backend.finite(block.frames)
+    if finite.all():
+        return block, []
+    item = Lost(block.indices[~finite], "NaN or infinity among the pixels")
+    frames = type(block.frames)(block.frames.pixels, block.frames.starts[finite], block.frames.shape)
+    return Block(frames, block.indices[finite]), [_refuse_or_mask(job, item)]
+
+
+def _refuse_or_mask(job: Job, item: Lost) -> Lost:
+    if item.broken and job.on_error == "stop":
+        name = job.source.files[0].path if job.source.files else "array"
+        raise DataError(
+            f"{name}: {describe(item.indices)}: {item.message}. "
+            'To go on without them set on_error = "mask": they are then masked and counted',
+            tuple(item.indices.tolist()),
+        )
+    return item
+
+
+def describe(indices: NDArray[np.int64]) -> str:
+    """Frame numbers for people: ``frame 7``, ``frames 3-5, 9 and 1,200 more``."""
+    values = np.unique(indices)
+    runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
+    names = [f"{r[0]}-{r[-1]}" if r.size > 1 else f"{r[0]}" for r in runs[:5]]
+    rest = sum(r.size for r in runs[5:])
+    return f"frame{'s' if values.size > 1 else ''} {', '.join(names)}" + (f" and {rest:,} more" if rest else "")
+
+
+def _extents(source: Source, piece: Piece, tile: tuple[int, ...], shard: tiles.Shard) -> list[tuple[int, int, int]]:
+    """Byte ranges (file, offset, length) that a shard will read."""
+    layout = piece.layout
+    if isinstance(layout, Runs):
+        ends = np.cumsum(layout.frames)
+        first, last = shard.first * tile[0], min(shard.last * tile[0], piece.frames)
+        out = []
+        for run in range(int(np.searchsorted(ends, first, "right")), int(np.searchsorted(ends, last, "left")) + 1):
+            start = int(ends[run] - layout.frames[run])
+            a, b = max(first, start) - start, min(last, int(ends[run])) - start
+            stride = int(layout.stride[run])
+            out.append((int(layout.file[run]), int(layout.offset[run]) + a * stride, (b - a) * stride))
+        return out
+    if isinstance(layout, Chunks) and layout.shape[-2:] == source.frame_shape and len(piece.nav) == 1:
+        per_tile = -(-tile[0] // layout.shape[0])
+        some = slice(shard.first * per_tile, shard.last * per_tile)
+        used = np.flatnonzero(layout.length[some]) + some.start
+        if used.size and (layout.file[used] == layout.file[used[0]]).all():
+            low, high = layout.offset[used].min(), (layout.offset[used] + layout.length[used]).max()
+            if high - low <= 2 * layout.length[used].sum():
+                return [(int(layout.file[used[0]]), int(low), int(high - low))]
+    return []
+
+
+@dataclass
+class Totals:
+    """All partials combined.
+
+    Parameters
+    ----------
+    sums : Sums
+        One row per scan position; rows without a frame are 0 and not `valid`.
+    valid : (positions,) bool
+        Which positions had a readable frame.
+    lost : list of Lost
+        What could not be read.
+    nbytes : int
+        Bytes of decoded frames that were used.
+    seconds : dict of str to float
+        Time per stage, summed over threads.
+    """
+
+    sums: Sums
+    valid: NDArray[np.bool_]
+    lost: list[Lost] = field(default_factory=list)
+    nbytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def combine(job: Job, partials: Iterable[Partial]) -> Totals:
+    """Put partial results, which must come in the order of shards, where they belong."""
+    totals: Totals | None = None
+    for partial in partials:
+        if totals is None:
+            totals = _empty_totals(job)
+        sums, part = totals.sums, partial.sums
+        for name in ("masks", "images", "moments"):
+            getattr(sums, name)[partial.positions] = getattr(part, name)
+        sums.total += part.total
+        np.maximum(sums.maximum, part.maximum, out=sums.maximum)
+        totals.valid[partial.positions] = True
+        totals.lost.extend(partial.lost)
+        totals.nbytes += partial.nbytes
+        for stage, seconds in partial.seconds.items():
+            totals.seconds[stage] = totals.seconds.get(stage, 0.0) + seconds
+    return totals or _empty_totals(job)
+
+
+def _empty_totals(job: Job) -> Totals:
+    sums = job.backend.new_sums(job.prepared, job.wanted.size)
+    sums.total = sums.total.astype(job.prepared.wide)
+    sums.work.clear()
+    return Totals(sums, np.zeros(job.wanted.size, np.bool_))

@@ -1,0 +1,40 @@
+"""Arrays that are already there: NumPy, CuPy, Dask, HDF5 and Zarr arrays, anything with a shape, a dtype and slices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuem.errors import InputError
+from gpuem.formats.raw import native_type, pixel_type
+from gpuem.formats.source import Box, Calls, Piece, Source
+
+
+def describe(array: Any) -> Source:
+    """Describe an array (scan..., y, x) as a Source whose extents are slices of it.
+
+    Raises
+    ------
+    InputError
+        It has no frames, or its pixels aren't real numbers.
+    """
+    shape = tuple(int(n) for n in array.shape)
+    if len(shape) < 2 or 0 in shape:
+        raise InputError(f"an array of shape {shape} has no frames; (scan..., y, x) is needed")
+    stored = pixel_type(np.dtype(array.dtype).str)
+    nav, frame = shape[:-2] or (1,), (shape[-2], shape[-1])
+
+    def read(box: Box) -> NDArray[Any]:
+        part = array[box] if len(shape) > 2 else array[box[1:]][None]
+        if hasattr(part, "compute"):
+            part = part.compute(scheduler="synchronous")
+        return np.asarray(part.get() if hasattr(part, "get") and not isinstance(part, np.ndarray) else part)
+
+    chunks = getattr(array, "chunks", None)
+    if chunks and isinstance(chunks[0], tuple):
+        chunks = tuple(max(sizes) for sizes in chunks)
+    chunk = tuple(int(c) for c in chunks[: len(nav)]) if chunks and len(shape) > 2 else (1,) * len(nav)
+    piece = Piece(0, nav, Calls(read, chunk, concurrent=True), stored)
+    return Source(type(array).__name__, (), (piece,), piece.frames, frame, native_type(stored), nav)

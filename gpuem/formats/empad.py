@@ -1,0 +1,230 @@
+"""EMPAD, first generation: an .xml beside a .raw of 130 x 128 float32 per position.
+
+The last two rows of every frame are the camera's own record, never data. The .xml names the .raw and gives the scan, in
+up to three places that don't always agree (what was set for the next acquisition is written too): the size of the .raw
+decides.
+"""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpuem.axes import Axis, calibrate, detector_axes
+from gpuem.errors import InputError, TruncatedError
+from gpuem.formats.source import File, Piece, Runs, Source
+
+SUFFIXES = (".xml",)
+
+FRAME = (128, 128)
+_STORED = np.dtype("<f4")
+_FRAME_BYTES = 128 * 128 * 4
+_STRIDE = 130 * 128 * 4
+# real ones have 4 kB; keeps other people's .xml files from being read whole
+_LONGEST_XML = 1 << 20
+
+# metadata: name -> where versions 0.5 and 1.2 of the camera's software write it, and the factor to the unit in the name
+_FIELDS = {
+    "energy_keV": (("source.get_voltage", "high_voltage"), 1e-3),
+    "camera_length_m": (("optics.get_cameralength", "nominal_camera_length"), 1.0),
+    "screen_current_A": (("source.get_screencurrent",), 1.0),
+    "scan_rotation": (("column.get_scanrotation", "scan_rotation"), 1.0),
+    "diffraction_step_mrad": (("calibrated_diffraction_angle",), 1e3),
+    "exposure_time": (("exposure_time",), 1.0),
+}
+
+
+def claims(path: Path) -> bool:
+    """Whether an .xml of EMPAD in the folder of `path` names it as its raw file."""
+    return path.suffix.lower() == ".raw" and bool(_naming(path))
+
+
+def read_header(paths: tuple[Path, ...], *, scan: tuple[int, int] | None = None, fit: bool = False) -> Source:
+    """Describe an EMPAD acquisition.
+
+    Parameters
+    ----------
+    paths : tuple of Path
+        The .xml, or the .raw that an .xml beside it names.
+    scan : tuple of int
+        Scan shape (y, x), where the .xml is wrong.
+    fit : bool
+        Go on with the whole frames of a file that is too short for the scan, or leave out what it has too many.
+
+    Returns
+    -------
+    Source
+        Frames of 128 x 128 float32. The detector is calibrated in mrad where the .xml has the measured angle of a pixel.
+        The scan is not calibrated: software versions disagree on whether the field of view is the camera's; it is in the
+        metadata as it stands (m, as text).
+
+    Raises
+    ------
+    InputError
+        The .xml is alien or ambiguous, its .raw is missing, or the .raw has more frames than the scan.
+    TruncatedError
+        The .raw ends within a frame or before the scan does.
+    """
+    (path,) = paths
+    root, raw = _open(path)
+    try:
+        file = File.of(raw)
+    except OSError as error:
+        raise InputError(f"{path}: names {raw.name}, which can't be read beside it ({error.strerror})") from error
+    whole, rest = divmod(file.size, _STRIDE)
+    # the last frame is whole without its two rows of metadata
+    if rest >= _FRAME_BYTES:
+        whole, rest = whole + 1, 0
+    if whole == 0:
+        raise InputError(f"{raw}: {file.size} bytes, not one whole frame of {_STRIDE} bytes")
+    candidates = [scan] if scan is not None else _scans(root, raw)
+    if not candidates:
+        raise InputError(f"{path}: says nothing of the scan; its .raw holds {whole} frames: give scan = [y, x]")
+    shape = next((s for s in candidates if int(np.prod(s)) == whole), candidates[0])
+    notes = _check(path, file, shape, whole, rest, fit)
+    frames = int(np.prod(shape))
+    count = min(whole, frames)
+    piece = Piece(0, (count,), Runs.one(0, count, _STRIDE, _FRAME_BYTES), _STORED)
+    metadata = _metadata(root)
+    return Source(
+        "empad",
+        (file,),
+        (piece,),
+        frames,
+        FRAME,
+        _STORED.newbyteorder("="),
+        shape,
+        detector=_detector(metadata),
+        metadata=metadata,
+        notes=tuple(notes),
+    )
+
+
+def _check(path: Path, file: File, shape: tuple[int, ...], whole: int, rest: int, fit: bool) -> list[str]:
+    """Compare the .raw with the scan: nothing, a note if `fit`, or an error."""
+    frames = int(np.prod(shape))
+    if min(shape) < 1:
+        raise InputError(f"{path}: scan {shape} has no positions; give scan = [y, x]")
+    if whole == frames and not rest:
+        return []
+    message = (
+        f"{file.path}: {file.size} bytes hold {whole} whole frames of 130x128 float32 and {rest} bytes more, "
+        f"the scan {shape} has {frames}"
+    )
+    if fit:
+        return [message]
+    if whole < frames or rest:
+        raise TruncatedError(f"{message}; copy the file again, give scan = [y, x], or set fit = true", whole)
+    raise InputError(f"{message}; give scan = [y, x], or set fit = true to leave out the last {whole - frames}")
+
+
+def _open(path: Path) -> tuple[ET.Element, Path]:
+    """The .xml's root and the .raw it names."""
+    if path.suffix.lower() != ".xml":
+        named = _naming(path)
+        if len(named) != 1:
+            found = ", ".join(p.name for p in named) or "none"
+            raise InputError(f"{path}: {len(named)} .xml files beside it name it ({found}); give the right one")
+        path = named[0]
+    try:
+        root = _parse(path)
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror})") from error
+    name = _raw_name(root) if root is not None else None
+    if root is None or name is None:
+        raise InputError(f"{path}: not an EMPAD header: no <raw_file filename=...> in it")
+    return root, path.with_name(name)
+
+
+def _parse(path: Path) -> ET.Element | None:
+    """The root of an .xml, None where it isn't one or is too long for a header."""
+    with path.open("rb") as stream:
+        text = stream.read(_LONGEST_XML + 1)
+    if len(text) > _LONGEST_XML:
+        return None
+    try:
+        # some versions put line breaks before the root
+        return ET.fromstring(text.strip())
+    except (ET.ParseError, ValueError, LookupError):
+        return None
+
+
+def _raw_name(root: ET.Element) -> str | None:
+    """Name of the .raw; what stands before it is a folder of the camera's computer."""
+    element = root.find("raw_file")
+    name = element.get("filename", "").replace("\\", "/").rsplit("/", 1)[-1].strip() if element is not None else ""
+    return name if name not in ("", ".", "..") and "\0" not in name else None
+
+
+def _naming(raw: Path) -> list[Path]:
+    """The .xml files in the folder of `raw` that name it."""
+    found = []
+    for path in sorted(raw.parent.glob("*.[xX][mM][lL]")):
+        try:
+            root = _parse(path)
+        except OSError:
+            continue
+        if root is not None and _raw_name(root) == raw.name:
+            found.append(path)
+    return found
+
+
+def _scans(root: ET.Element, raw: Path) -> list[tuple[int, ...]]:
+    """Scan shapes that the .xml gives, the likeliest first: series, pix_y and pix_x, the .raw's name, what was set."""
+    parameters = root.findall("scan_parameters")
+    acquire = [p for p in parameters if p.get("mode") in (None, "acquire")]
+    found: list[tuple[int, ...]] = [(n,) for p in acquire if (n := _count(p, "series_count"))]
+    y, x = _count(root, "pix_y"), _count(root, "pix_x")
+    if y and x:
+        found.append((y, x))
+    if match := re.fullmatch(r".*_x([0-9]{1,6})_y([0-9]{1,6})", raw.stem):
+        found.append((int(match[2]), int(match[1])))
+    for p in acquire:
+        y, x = _count(p, "scan_resolution_y"), _count(p, "scan_resolution_x")
+        if y and x:
+            found.append((y, x))
+    return [shape for shape in found if min(shape) > 0]
+
+
+def _count(element: ET.Element, tag: str) -> int | None:
+    """A whole number in the .xml, None where it isn't there or isn't one."""
+    text = (element.findtext(tag) or "").strip()
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+
+
+def _metadata(root: ET.Element) -> dict[str, Any]:
+    """What the .xml says, as plain values; lengths in m, energy in keV, the exposure as the camera counts it (ms)."""
+    texts = {element.tag: element.text.strip() for element in root.iter() if element.text}
+    found: dict[str, Any] = {}
+    for name, (tags, factor) in _FIELDS.items():
+        for tag in tags:
+            try:
+                found[name] = float(texts[tag]) * factor
+            except (KeyError, ValueError):
+                continue
+    view = root.find("iom_measurements/full_scan_field_of_view")
+    if view is not None:
+        found["field_of_view_m"] = {child.tag: child.text for child in view}
+    elif "optics.get_full_scan_field_of_view" in texts:
+        found["field_of_view_m"] = texts["optics.get_full_scan_field_of_view"]
+    for p in root.findall("scan_parameters"):
+        if p.get("mode") == "acquire" and p.findtext("scan_size"):
+            found["scan_size"] = p.findtext("scan_size")
+    timestamp = root.find("timestamp")
+    found["timestamp"] = timestamp.get("isoformat") if timestamp is not None else None
+    found["software_version"] = texts.get("software_version")
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _detector(metadata: dict[str, Any]) -> tuple[Axis, ...]:
+    """The detector's axes in mrad, where the angle of a pixel was measured and is a small one; else none.
+
+    <calibrated_pixelsize> is no such thing: it is a length in the image plane, though others read it as 1/nm.
+    """
+    step = metadata.get("diffraction_step_mrad", 0.0)
+    # 128 pixels take in between a hundredth of a mrad each (Lorentz) and a tenth of a radian in all
+    return calibrate(detector_axes(FRAME), step, "mrad") if 1e-4 < step < 10.0 else ()

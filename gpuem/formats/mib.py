@@ -1,0 +1,205 @@
+"""Quantum Detectors Merlin (.mib, .hdr): Medipix frames, each behind a header of its own, in one file or a series.
+
+The header is text: ``MQ1,sequence number,header bytes,chips,width,height,type,layout,chip select,time,exposure,...``.
+Pixels are big-endian (U08, U16, U32) or as the readout sent them (R64, see `gpuem.codecs.merlin`). Rows are in file
+order, which is the detector's: a hot pixel that the vendor names x, y lies at [y, x].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpuem.errors import InputError, TruncatedError
+from gpuem.formats import mib_files
+from gpuem.formats.mib_files import Frames, integer, parse_hdr
+from gpuem.formats.source import Piece, Runs, Source
+
+SUFFIXES = (".mib", ".hdr")
+
+
+@dataclass(frozen=True)
+class _Hdr:
+    """The acquisition's .hdr file: its path, and whether the user named it."""
+
+    path: Path | None
+    named: bool
+    fields: Mapping[str, str]
+
+
+def read_header(paths: tuple[Path, ...], *, fit: bool = False) -> Source:
+    """Describe Merlin frames.
+
+    Parameters
+    ----------
+    paths : tuple of Path
+        A .mib file or its .hdr: the numbered files of the same acquisition are found. Several .mib files are taken as
+        they are, in their order; a .hdr may stand among them.
+    fit : bool
+        Go on with the whole frames of an acquisition that ends early; the rest of what the .hdr promises is missing.
+
+    Returns
+    -------
+    Source
+        `frame_shape` is the image of all chips (y, x). `scan_shape` comes from the .hdr: ScanY and ScanX, or lines of
+        'Frames per Trigger'; (frames,) where it doesn't say.
+
+    Raises
+    ------
+    InputError
+        A file is missing, empty or alien; header and size disagree; files of several kinds are given together.
+    TruncatedError
+        A file ends within a frame, or the files hold fewer frames than the .hdr promises.
+    """
+    hdr, mibs = _find(paths)
+    depth = integer(hdr.fields, "Counter Depth (number)")
+    series = len(mibs) == 1
+    files, notes = mib_files.around(mibs[0], depth) if series else (mib_files.listed(mibs, depth), [])
+    first = files[0]
+    if first.header.depth is not None and depth not in (None, first.header.depth):
+        message = f"{hdr.path}: counter depth {depth}, but {first.file.path} has {first.header.depth}"
+        if hdr.named:
+            raise InputError(f"{message}; is it the .hdr of another acquisition?")
+        hdr, notes = _Hdr(None, False, {}), [*notes, f"{message}: not used"]
+    notes += _check_ends(files, fit)
+    if sum(f.whole for f in files) == 0:
+        raise InputError(f"{first.file.path}: {first.file.size} bytes, not one whole frame of {first.stride} bytes")
+    pieces, frames = _pieces(files, series)
+    scan_shape, more = _scan_shape(hdr, frames, sum(f.whole for f in files), fit)
+    image = first.image
+    notes += [*image.notes, *more]
+    return Source(
+        "mib",
+        tuple(f.file for f in files),
+        pieces,
+        max(frames, int(np.prod(scan_shape))),
+        image.shape,
+        image.stored.newbyteorder("="),
+        scan_shape,
+        metadata=_metadata(first, hdr.fields),
+        notes=tuple(notes),
+    )
+
+
+def _find(paths: tuple[Path, ...]) -> tuple[_Hdr, tuple[Path, ...]]:
+    """The acquisition's .hdr, where there is one, and the .mib files to begin with."""
+    named = [p for p in paths if p.suffix.lower() == ".hdr"]
+    mibs = tuple(p for p in paths if p.suffix.lower() != ".hdr")
+    if len(named) > 1:
+        raise InputError(f"{named[1]}: a second .hdr beside {named[0]}; open one acquisition at a time")
+    if not named:
+        path = mib_files.hdr_beside(mibs[0])
+        try:
+            return _Hdr(path, False, parse_hdr(path) if path else {}), mibs
+        except InputError:
+            # ENVI and others write .hdr files too
+            return _Hdr(None, False, {}), mibs
+    hdr = _Hdr(named[0], True, parse_hdr(named[0]))
+    return hdr, mibs or (mib_files.mib_beside(named[0]),)
+
+
+def _check_ends(files: list[Frames], fit: bool) -> list[str]:
+    """Say of every file that ends within a frame; raise TruncatedError unless `fit`."""
+    notes = []
+    for f in files:
+        if f.rest:
+            message = (
+                f"{f.file.path}: {f.file.size} bytes hold {f.whole} whole frames of {f.stride} bytes "
+                f"({f.header.width}x{f.header.height} {f.header.kind}) and {f.rest} bytes more"
+            )
+            if not fit:
+                whole = sum(g.whole for g in files)
+                raise TruncatedError(f"{message}; the file is cut short: copy it again, or set fit = true", whole)
+            notes.append(message)
+        elif f.last is not None and f.last != f.end - 1:
+            notes.append(
+                f"{f.file.path}: its last frame is number {f.last}, not {f.end - 1}: frames were lost while it was "
+                "recorded, and positions after them are shifted"
+            )
+    return notes
+
+
+def _pieces(files: list[Frames], series: bool) -> tuple[tuple[Piece, ...], int]:
+    """Frames in file order, and how many positions they span; in a series, a cut file leaves a hole behind it."""
+    image, groups, start = files[0].image, list[tuple[int, list[int]]](), 0
+    for k, f in enumerate(files):
+        hole = f.header.sequence - files[k - 1].end if series and k else 0
+        start += hole
+        if hole or not groups:
+            groups.append((start, []))
+        groups[-1][1].append(k)
+        start += f.whole
+    pieces = []
+    for begin, members in groups:
+        run = [k for k in members if files[k].whole]
+        layout = Runs(
+            np.array(run, np.int64),
+            np.array([files[k].header.size for k in run], np.int64),
+            np.array([files[k].whole for k in run], np.int64),
+            np.array([files[k].stride for k in run], np.int64),
+            image.frame_bytes,
+        )
+        count = sum(files[k].whole for k in run)
+        if count:
+            pieces.append(Piece(begin, (count,), layout, image.stored, image.codec))
+    return tuple(pieces), start
+
+
+def _scan_shape(hdr: _Hdr, frames: int, whole: int, fit: bool) -> tuple[tuple[int, ...], list[str]]:
+    """The scan that the .hdr promises, checked against the frames that are there."""
+    rows, columns = integer(hdr.fields, "ScanY"), integer(hdr.fields, "ScanX")
+    total = integer(hdr.fields, "Frames in Acquisition (Number)") or 0
+    line = integer(hdr.fields, "Frames per Trigger (Number)") or 0
+    shape: tuple[int, ...]
+    if rows and columns:
+        shape = (rows, columns)
+    elif 1 < line < total and total % line == 0:
+        shape = (total // line, line)
+    else:
+        shape = (total,)
+    promised = int(np.prod(shape))
+    if promised == frames or promised <= 0:
+        return (shape if promised > 0 else (frames,)), []
+    if promised < frames:
+        return (frames,), [f"{hdr.path}: promises {promised} frames {shape}, the files hold {frames}: give the scan"]
+    message = f"{hdr.path}: promises {promised} frames {shape}, the files hold {whole} whole ones"
+    if not fit:
+        raise TruncatedError(
+            f"{message}; are files missing, was the acquisition stopped? Set fit = true to go on without the rest",
+            whole,
+        )
+    return shape, [message]
+
+
+_HDR_FIELDS = {
+    "Chip ID": "chip_id",
+    "Chip Type (Medipix 3.0, Medipix 3.1, Medipix 3RX)": "chip_type",
+    "Chip Mode  (SPM, CSM, CM, CSCM)": "chip_mode",
+    "Gain": "gain",
+    "Active Counters": "active_counters",
+    "Gap Fill Mode": "gap_fill",
+    "Flat Field File": "flat_field",
+    "Sensor Bias (V)": "sensor_bias",
+    "Software Version": "software_version",
+}
+
+
+def _metadata(first: Frames, hdr: Mapping[str, str]) -> dict[str, Any]:
+    """What the first frame's header and the .hdr say, as plain values."""
+    header = first.header
+    found: dict[str, Any] = {
+        "data_type": header.kind,
+        "counter_depth": header.depth or first.image.depth,
+        "layout": header.layout,
+        "chips": header.chips,
+        "first_sequence_number": header.sequence,
+        "timestamp": header.timestamp,
+        "exposure_s": header.exposure,
+        "thresholds_keV": list(header.thresholds),
+    }
+    found |= {name: hdr[key] for key, name in _HDR_FIELDS.items() if hdr.get(key)}
+    return {key: value for key, value in found.items() if value not in (None, "", [])}

@@ -1,0 +1,197 @@
+"""Recipes: TOML in, checked models out, every mistake at once with its place and the nearest right word."""
+
+from __future__ import annotations
+
+import tomllib
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gpuem.analyses.com import CenterOfMass
+from gpuem.analyses.sums import Sum
+from gpuem.analyses.virtual import VirtualDetector
+from gpuem.errors import RecipeError
+
+AnyAnalysis = Annotated[Sum | VirtualDetector | CenterOfMass, Field(discriminator="kind")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Input(_Section):
+    """``[input]``: the data, and what the file doesn't say."""
+
+    path: Path | list[Path]
+    format: str | None = None
+    scan: list[int] | None = None
+    frame: tuple[int, int] | None = None
+    dtype: str | None = None
+    offset: int | None = None
+    header: int | None = None
+    footer: int | None = None
+    dataset: str | None = None
+    skip: int = 0
+    fit: bool = False
+    roi: tuple[int, int, int, int] | Path | None = Field(
+        default=None, description="[y0, y1, x0, x1] (ends excluded), or a boolean .npy of scan shape"
+    )
+
+
+class Calibration(_Section):
+    """``[calibration]``: pixel sizes where the file doesn't give them."""
+
+    scan_step: float | tuple[float, float] | None = None
+    scan_unit: str | None = None
+    detector_step: float | tuple[float, float] | None = None
+    detector_unit: str | None = None
+
+
+class Run(_Section):
+    """``[run]``: where and how."""
+
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    threads: int | None = Field(default=None, ge=1)
+    memory: str | int | None = Field(default=None, description='bytes, or "4 GB"')
+    on_error: Literal["stop", "mask"] = "stop"
+
+
+class Output(_Section):
+    """``[output]``: where the maps go."""
+
+    path: Path
+    previews: bool = True
+
+
+class Recipe(_Section):
+    """A whole recipe."""
+
+    input: Input
+    analysis: list[AnyAnalysis] = Field(min_length=1)
+    calibration: Calibration = Calibration()
+    run: Run = Run()
+    output: Output
+
+
+def load(path: Path) -> tuple[Recipe, str]:
+    """Read a recipe; relative paths in it count from the recipe's folder.
+
+    Returns
+    -------
+    recipe : Recipe
+        The checked recipe with absolute paths.
+    text : str
+        The file verbatim.
+
+    Raises
+    ------
+    RecipeError
+        The file is missing, not TOML, or says something impossible: all mistakes at once.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = tomllib.loads(text)
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: can't be read: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path}: not TOML: {error}") from error
+    recipe = check(raw, str(path))
+    return _absolute(recipe, path.resolve().parent), text
+
+
+def check(raw: dict[str, Any], where: str) -> Recipe:
+    """Check a recipe given as a dictionary; raises RecipeError with every mistake."""
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"  {_place(e, raw)}: {_reason(e)}" for e in error.errors()]
+        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        raise RecipeError(f"{where}: {count}\n" + "\n".join(lines)) from None
+    check_names([a.name for a in recipe.analysis])
+    return recipe
+
+
+def check_names(names: list[str]) -> None:
+    """Raise RecipeError unless the analyses' names differ."""
+    for name in names:
+        if names.count(name) > 1:
+            raise RecipeError(f'analysis name "{name}" is used {names.count(name)} times; give each its own name = "..."')
+
+
+def parse_memory(value: str | int) -> int:
+    """Bytes from ``4000000000``, ``"4 GB"`` or ``"512 MiB"``; raises RecipeError."""
+    units = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+    text = str(value).strip().lower()
+    number = text.rstrip("bkmgti ")
+    unit = text[len(number) :].strip() or "b"
+    try:
+        nbytes = int(float(number) * units[unit])
+    except (ValueError, KeyError):
+        raise RecipeError(f'memory {value!r}: write bytes, "500 MB" or "4 GB"') from None
+    if nbytes <= 0:
+        raise RecipeError(f"memory {value!r}: must be positive")
+    return nbytes
+
+
+def _absolute(recipe: Recipe, folder: Path) -> Recipe:
+    def fix(path: Path) -> Path:
+        return folder / path.expanduser()
+
+    data = recipe.input
+    paths = [fix(p) for p in data.path] if isinstance(data.path, list) else fix(data.path)
+    roi = fix(data.roi) if isinstance(data.roi, Path) else data.roi
+    analyses = [
+        a.model_copy(update={"mask": fix(a.mask)}) if isinstance(a, VirtualDetector) and isinstance(a.mask, Path) else a
+        for a in recipe.analysis
+    ]
+    return recipe.model_copy(
+        update={
+            "input": data.model_copy(update={"path": paths, "roi": roi}),
+            "analysis": analyses,
+            "output": recipe.output.model_copy(update={"path": fix(recipe.output.path)}),
+        }
+    )
+
+
+def _place(error: Any, raw: dict[str, Any]) -> str:
+    """``[[analysis]] 2 (virtual) inner`` for people who look at the file."""
+    loc = list(error["loc"])
+    if loc and loc[0] == "analysis" and len(loc) > 1 and isinstance(loc[1], int):
+        entry = raw["analysis"][loc[1]] if isinstance(raw.get("analysis"), list) else {}
+        kind = entry.get("kind", "?") if isinstance(entry, dict) else "?"
+        rest = [str(p) for p in loc[2:] if p != kind]
+        return f"[[analysis]] {loc[1] + 1} ({kind})" + (f", {'.'.join(rest)}" if rest else "")
+    head, *rest = [str(p) for p in loc] or ["recipe"]
+    return f"[{head}]" + (f" {rest[0]}" if rest else "")
+
+
+def _reason(error: Any) -> str:
+    kind, loc = error["type"], error["loc"]
+    if kind == "extra_forbidden":
+        known = _known(loc)
+        near = get_close_matches(str(loc[-1]), known, 1, 0.5)
+        return "unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+    if kind == "union_tag_invalid":
+        tag, known = error["ctx"]["tag"], [str(a.model_fields["kind"].default) for a in (Sum, VirtualDetector, CenterOfMass)]
+        near = get_close_matches(str(tag), known, 1, 0.4)
+        return f"kind {tag!r} is unknown" + (f"; did you mean {near[0]!r}?" if near else "") + f" (kinds: {', '.join(known)})"
+    if kind == "union_tag_not_found":
+        return 'kind = "..." is missing'
+    if kind == "missing":
+        return "is missing"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return message if kind == "value_error" else f"{message} (found {error.get('input')!r})"
+
+
+def _known(loc: tuple[Any, ...]) -> list[str]:
+    if len(loc) == 1:
+        return list(Recipe.model_fields)
+    if loc[0] == "analysis":
+        models = {str(a.model_fields["kind"].default): a for a in (Sum, VirtualDetector, CenterOfMass)}
+        return list(models[loc[2]].model_fields)
+    section = {"input": Input, "calibration": Calibration, "run": Run, "output": Output}[loc[0]]
+    return list(section.model_fields)

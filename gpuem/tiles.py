@@ -1,0 +1,210 @@
+"""How much fits where, and where the cuts are. Pure functions: no file, no array of pixels, no device.
+
+A piece of the source is cut into tiles: boxes of its frames that are read, decoded and computed at once. A shard is a
+contiguous range of a piece's tiles. Cuts depend on the data alone, never on threads or memory, so that sums of floats
+are combined in the same order everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuem.errors import PlanError
+from gpuem.formats.source import Calls, Chunks, Piece, Runs, Source
+
+# a few times the per-call cost of Python, and small enough for the caches
+TILE_NBYTES = 4 << 20
+SHARD_NBYTES = 64 << 20
+# 10 TB still make a manageable number of shards
+MOST_SHARDS = 1 << 14
+# the interpreter with its libraries and compiled kernels, measured on Linux x86-64
+BASE_NBYTES = 400 << 20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The unit of work: tiles [first, last) of one piece."""
+
+    index: int
+    piece: int
+    first: int
+    last: int
+    frames: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the cuts are and what they cost.
+
+    Parameters
+    ----------
+    shards : tuple of Shard
+        The work, in file order.
+    tiles : tuple of tuple of int
+        For each piece, the shape of its tiles over its nav axes.
+    threads : int
+        How many shards are in work at once.
+    nbytes : dict of str to int
+        Memory by purpose; mapped files don't count, the system takes their pages back whenever it wants.
+    """
+
+    shards: tuple[Shard, ...]
+    tiles: tuple[tuple[int, ...], ...]
+    threads: int
+    nbytes: dict[str, int]
+
+    @property
+    def total_nbytes(self) -> int:
+        """All memory the run takes."""
+        return sum(self.nbytes.values())
+
+
+def plan(
+    source: Source,
+    *,
+    frame_result_nbytes: int,
+    image_nbytes: int,
+    threads: int,
+    memory: int,
+    most_frames: int = 1 << 15,
+) -> Plan:
+    """Cut a source into shards and tiles.
+
+    Parameters
+    ----------
+    source : Source
+        The frames.
+    frame_result_nbytes : int
+        Bytes of results per frame.
+    image_nbytes : int
+        Bytes of the images reduced over frames (sum, maximum), per shard.
+    threads : int
+        Most shards in work at once; fewer are taken where memory is short.
+    memory : int
+        Bytes the whole process may take.
+    most_frames : int
+        Most frames a shard may hold, given by the width of the accumulators.
+
+    Raises
+    ------
+    PlanError
+        Not even one thread fits; with the numbers.
+    """
+    tiles = tuple(tile_shape(piece, source.frame_nbytes) for piece in source.pieces)
+    shards = tuple(_shards(source, tiles, most_frames))
+    shard_frames = max((shard.frames for shard in shards), default=0)
+    tile_nbytes = max(
+        (_scratch(piece, tile, source) for piece, tile in zip(source.pieces, tiles, strict=True)), default=0
+    )
+    fixed = {
+        "Python, libraries, kernels": BASE_NBYTES,
+        "maps": 3 * source.frames * frame_result_nbytes,
+        "images": 2 * image_nbytes,
+    }
+    # results of two shards per thread may wait to be combined in order
+    per_thread = tile_nbytes + 3 * (shard_frames * frame_result_nbytes + image_nbytes)
+    fitting = min(threads, (memory - sum(fixed.values())) // max(per_thread, 1), max(len(shards), 1))
+    if fitting < 1:
+        raise PlanError(
+            f"the run needs {_mb(sum(fixed.values()) + per_thread)} with one thread and may take {_mb(memory)}: "
+            f"{', '.join(f'{name} {_mb(n)}' for name, n in fixed.items())}, a thread {_mb(per_thread)} "
+            f"(tile of {tiles[0]} frames: {_mb(tile_nbytes)}). Allow more ([run] memory), or store the data in chunks "
+            "of fewer frames"
+        )
+    return Plan(shards, tiles, fitting, {**fixed, f"{fitting} threads": fitting * per_thread})
+
+
+def tile_shape(piece: Piece, frame_nbytes: int) -> tuple[int, ...]:
+    """Shape of a tile over the nav axes of a piece: whole chunks, near TILE_NBYTES."""
+    layout = piece.layout
+    if isinstance(layout, Runs):
+        return (max(1, TILE_NBYTES // frame_nbytes),)
+    nav = piece.nav
+    if isinstance(layout, Chunks | Calls):
+        tile = list(layout.shape[: len(nav)] if isinstance(layout, Chunks) else layout.chunk)
+        grow = range(len(nav) - 1, -1, -1)
+    else:
+        # Fortran order: the first axis is the fastest, neighbours along it share cache lines
+        tile, grow = [1] * len(nav), range(len(nav))
+    tile = [min(t, n) for t, n in zip(tile, nav, strict=True)]
+    for axis in grow:
+        fits = TILE_NBYTES // (math.prod(tile) * frame_nbytes)
+        tile[axis] = min(nav[axis], tile[axis] * max(1, fits))
+        if tile[axis] < nav[axis]:
+            break
+    return tuple(tile)
+
+
+def grid(piece: Piece, tile: tuple[int, ...]) -> tuple[int, ...]:
+    """Number of tiles along each nav axis."""
+    return tuple(-(-n // t) for n, t in zip(nav_shape(piece), tile, strict=True))
+
+
+def nav_shape(piece: Piece) -> tuple[int, ...]:
+    """The arrangement in which a piece is cut: frames that follow one another have one axis only."""
+    return (piece.frames,) if isinstance(piece.layout, Runs) else piece.nav
+
+
+def boxes(piece: Piece, tile: tuple[int, ...], shard: Shard) -> Iterator[tuple[slice, ...]]:
+    """The tiles of a shard, as boxes over the nav axes of its piece."""
+    for number in range(shard.first, shard.last):
+        yield box(piece, tile, number)
+
+
+def box(piece: Piece, tile: tuple[int, ...], number: int) -> tuple[slice, ...]:
+    """Tile `number`, in C order of the grid of tiles, as a box over the nav axes."""
+    corner = np.unravel_index(number, grid(piece, tile))
+    return tuple(
+        slice(int(c) * t, min((int(c) + 1) * t, n)) for c, t, n in zip(corner, tile, nav_shape(piece), strict=True)
+    )
+
+
+def tile_of(piece: Piece, tile: tuple[int, ...], indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Number of the tile that holds each frame, given by flat indices in file order."""
+    index = np.unravel_index(indices - piece.start, nav_shape(piece))
+    return np.ravel_multi_index(
+        tuple(i // t for i, t in zip(index, tile, strict=True)), grid(piece, tile)
+    ).astype(np.int64)
+
+
+def frames_of(piece: Piece, where: Sequence[slice]) -> NDArray[np.int64]:
+    """Flat indices, in file order, of the frames in a box, in C order of the box."""
+    axes = [np.arange(s.start, s.stop) for s in where]
+    return piece.start + np.ravel_multi_index(np.ix_(*axes), nav_shape(piece)).reshape(-1).astype(np.int64)
+
+
+def _shards(source: Source, tiles: tuple[tuple[int, ...], ...], most_frames: int) -> Iterator[Shard]:
+    target = max(SHARD_NBYTES, source.nbytes // MOST_SHARDS)
+    index = 0
+    for k, (piece, tile) in enumerate(zip(source.pieces, tiles, strict=True)):
+        tile_frames = math.prod(tile)
+        count = math.prod(grid(piece, tile))
+        fits = min(target // source.frame_nbytes, most_frames)
+        step = max(1, fits // tile_frames)
+        for first in range(0, count, step):
+            last = min(first + step, count)
+            frames = min((last - first) * tile_frames, piece.frames)
+            yield Shard(index, k, first, last, frames)
+            index += 1
+
+
+def _scratch(piece: Piece, tile: tuple[int, ...], source: Source) -> int:
+    """Bytes of decoded frames, and of what they are decoded from, that a thread holds at once."""
+    decoded = math.prod(tile) * source.frame_nbytes
+    layout = piece.layout
+    if isinstance(layout, Runs):
+        plain = not piece.codec and piece.stored == source.dtype
+        return 0 if plain else decoded
+    if isinstance(layout, Chunks):
+        chunk = math.prod(layout.shape) * piece.stored.itemsize
+        return decoded + chunk * (2 + len(piece.codec)) + int(layout.length.max(initial=0))
+    return 2 * decoded
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.0f} MB"
