@@ -135,7 +135,6 @@ def prepare(
         image_nbytes=one.total.nbytes + one.maximum.nbytes,
         threads=threads or local.cpus(),
         memory=recipe.parse_memory(memory) if memory is not None else available_memory(),
-        most_frames=backend.FRAMES_PER_SHARD,
     )
     files = engine.Files(ds.source.files)
     return engine.Job(ds.source, files, plan, backend, prepared, ds.skip, wanted, on_error)

@@ -19,9 +19,13 @@ from gpuem.formats.source import Calls, Chunks, Piece, Runs, Source
 
 # a few times the per-call cost of Python, and small enough for the caches
 TILE_NBYTES = 4 << 20
+# frames that are used where they are mapped need no scratch
+MAPPED_TILE_NBYTES = 16 << 20
 SHARD_NBYTES = 64 << 20
 # 10 TB still make a manageable number of shards
 MOST_SHARDS = 1 << 14
+# frames per tile and shard, unless one chunk holds more: results per frame stay small
+MOST_FRAMES = 1 << 15
 # the interpreter with its libraries and compiled kernels, measured on Linux x86-64
 BASE_NBYTES = 400 << 20
 
@@ -71,7 +75,6 @@ def plan(
     image_nbytes: int,
     threads: int,
     memory: int,
-    most_frames: int = 1 << 15,
 ) -> Plan:
     """Cut a source into shards and tiles.
 
@@ -87,8 +90,6 @@ def plan(
         Most shards in work at once; fewer are taken where memory is short.
     memory : int
         Bytes the whole process may take.
-    most_frames : int
-        Most frames a shard may hold, given by the width of the accumulators.
 
     Raises
     ------
@@ -96,7 +97,7 @@ def plan(
         Not even one thread fits; with the numbers.
     """
     tiles = tuple(tile_shape(piece, source.frame_nbytes) for piece in source.pieces)
-    shards = tuple(_shards(source, tiles, most_frames))
+    shards = tuple(_shards(source, tiles))
     shard_frames = max((shard.frames for shard in shards), default=0)
     tile_nbytes = max(
         (_scratch(piece, tile, source) for piece, tile in zip(source.pieces, tiles, strict=True)), default=0
@@ -123,7 +124,8 @@ def tile_shape(piece: Piece, frame_nbytes: int) -> tuple[int, ...]:
     """Shape of a tile over the nav axes of a piece: whole chunks, near TILE_NBYTES."""
     layout = piece.layout
     if isinstance(layout, Runs):
-        return (max(1, TILE_NBYTES // frame_nbytes),)
+        nbytes = TILE_NBYTES if piece.codec else MAPPED_TILE_NBYTES
+        return (max(1, min(nbytes // frame_nbytes, MOST_FRAMES)),)
     nav = piece.nav
     if isinstance(layout, Chunks | Calls):
         tile = list(layout.shape[: len(nav)] if isinstance(layout, Chunks) else layout.chunk)
@@ -133,7 +135,7 @@ def tile_shape(piece: Piece, frame_nbytes: int) -> tuple[int, ...]:
         tile, grow = [1] * len(nav), range(len(nav))
     tile = [min(t, n) for t, n in zip(tile, nav, strict=True)]
     for axis in grow:
-        fits = TILE_NBYTES // (math.prod(tile) * frame_nbytes)
+        fits = min(TILE_NBYTES // frame_nbytes, MOST_FRAMES) // math.prod(tile)
         tile[axis] = min(nav[axis], tile[axis] * max(1, fits))
         if tile[axis] < nav[axis]:
             break
@@ -178,13 +180,13 @@ def frames_of(piece: Piece, where: Sequence[slice]) -> NDArray[np.int64]:
     return piece.start + np.ravel_multi_index(np.ix_(*axes), nav_shape(piece)).reshape(-1).astype(np.int64)
 
 
-def _shards(source: Source, tiles: tuple[tuple[int, ...], ...], most_frames: int) -> Iterator[Shard]:
+def _shards(source: Source, tiles: tuple[tuple[int, ...], ...]) -> Iterator[Shard]:
     target = max(SHARD_NBYTES, source.nbytes // MOST_SHARDS)
     index = 0
     for k, (piece, tile) in enumerate(zip(source.pieces, tiles, strict=True)):
         tile_frames = math.prod(tile)
         count = math.prod(grid(piece, tile))
-        fits = min(target // source.frame_nbytes, most_frames)
+        fits = min(target // source.frame_nbytes, MOST_FRAMES)
         step = max(1, fits // tile_frames)
         for first in range(0, count, step):
             last = min(first + step, count)

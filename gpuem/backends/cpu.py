@@ -14,13 +14,13 @@ from gpuem.backends import cpu_kernels as kernels
 from gpuem.backends.cpu_load import load
 from gpuem.errors import DataError
 
-__all__ = ["FRAMES_PER_SHARD", "NAME", "Prepared", "add_frames", "finite", "load", "new_sums", "prepare"]
+__all__ = ["NAME", "Prepared", "add_frames", "finite", "load", "new_sums", "prepare"]
 
 NAME = "cpu"
 # the second-level cache of current processors holds 1 to 2 MiB per core
 BLOCK_NBYTES = 1 << 20
-# 32-bit totals hold this many frames of 16-bit pixels
-FRAMES_PER_SHARD = 1 << 15
+# 32-bit totals hold this many frames of 16-bit pixels, signed or not
+NARROW_FRAMES = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Prepared:
     narrow: NDArray[Any]
     wide: np.dtype[Any]
     mask_spans: NDArray[np.int64]
-    whole: tuple[int, ...]
+    whole: NDArray[np.int64]
     region_spans: NDArray[np.int64]
     images: NDArray[np.floating[Any]]
     limit: float
@@ -66,7 +66,7 @@ def prepare(weights: Weights, shape: tuple[int, int], dtype: np.dtype[Any]) -> P
         np.zeros(2 * kernels.STRIP, narrow),
         wide,
         _spans(masks, shape, longest=1 << 16)[:, :3].copy(),
-        tuple(k for k, mask in enumerate(weights.moments) if mask is None),
+        np.array([k for k, mask in enumerate(weights.moments) if mask is None], np.int64),
         _spans(regions, shape, longest=kernels.STRIP),
         images,
         _safe_magnitude(shape, dtype),
@@ -76,12 +76,13 @@ def prepare(weights: Weights, shape: tuple[int, int], dtype: np.dtype[Any]) -> P
 def new_sums(prepared: Prepared, frames: int) -> Sums:
     """Empty accumulators for a shard of `frames` frames."""
     weights, shape, dtype = prepared.weights, prepared.shape, prepared.dtype
+    total = prepared.narrow.dtype if frames <= NARROW_FRAMES else prepared.wide
     lowest = -np.inf if dtype.kind == "f" else np.iinfo(dtype).min
     return Sums(
         np.zeros((frames, len(weights.masks)), prepared.wide),
         np.zeros((frames, len(weights.images)), np.float64),
         np.zeros((frames, len(weights.moments), 3), prepared.wide),
-        np.zeros(shape if weights.total else (0, 0), prepared.narrow.dtype),
+        np.zeros(shape if weights.total else (0, 0), total),
         np.full(shape if weights.maximum else (0, 0), lowest, dtype),
         {"columns": np.empty_like(prepared.narrow)},
     )
@@ -106,25 +107,22 @@ def add_frames(frames: Frames, prepared: Prepared, sums: Sums, at: int) -> None:
     DataError
         64-bit integers too large to be summed exactly.
     """
-    step = max(1, BLOCK_NBYTES // (math.prod(prepared.shape) * prepared.dtype.itemsize))
-    pixels, narrow = frames.pixels, prepared.narrow
+    count = frames.starts.size
     if math.isfinite(prepared.limit):
         _check_magnitude(frames, prepared.limit)
+    rows = slice(at, at + count)
     if prepared.images.size:
-        kernels.image_sums(pixels, frames.starts, prepared.images, sums.images[at : at + frames.starts.size])
-    for first in range(0, frames.starts.size, step):
-        starts = frames.starts[first : first + step]
-        rows = slice(at + first, at + first + starts.size)
-        for k in prepared.whole:
-            kernels.moments(pixels, starts, prepared.shape, sums.work["columns"], sums.moments[rows, k])
-        if prepared.weights.total:
-            kernels.frame_sum(pixels, starts, sums.total.reshape(-1))
-        if prepared.weights.maximum:
-            kernels.frame_max(pixels, starts, sums.maximum.reshape(-1))
-        if prepared.mask_spans.size:
-            kernels.mask_sums(pixels, starts, prepared.mask_spans, narrow, sums.masks[rows])
-        if prepared.region_spans.size:
-            kernels.moments_in_spans(pixels, starts, prepared.region_spans, narrow, sums.moments[rows])
+        kernels.image_sums(frames.pixels, frames.starts, prepared.images, sums.images[rows])
+    kernels.all_sums(
+        frames.pixels,
+        frames.starts,
+        max(1, BLOCK_NBYTES // (math.prod(prepared.shape) * prepared.dtype.itemsize)),
+        prepared.shape,
+        (prepared.whole, prepared.mask_spans, prepared.region_spans),
+        sums.work["columns"],
+        (sums.total.reshape(-1), sums.maximum.reshape(-1)),
+        (sums.masks[rows], sums.moments[rows]),
+    )
 
 
 def finite(frames: Frames) -> NDArray[np.bool_]:

@@ -50,7 +50,15 @@ def frame_sum(pixels: Any, starts: Any, total: Any) -> None:
 def frame_max(pixels: Any, starts: Any, maximum: Any) -> None:
     """Raise `maximum` (y*x,) to the brightest value that each pixel had."""
     size = maximum.size
-    for i in range(starts.size):
+    quads = starts.size // 4 * 4
+    for i in range(0, quads, 4):
+        a = pixels[starts[i] : starts[i] + size]
+        b = pixels[starts[i + 1] : starts[i + 1] + size]
+        c = pixels[starts[i + 2] : starts[i + 2] + size]
+        d = pixels[starts[i + 3] : starts[i + 3] + size]
+        for p in range(size):
+            maximum[p] = max(max(maximum[p], a[p]), max(max(b[p], c[p]), d[p]))
+    for i in range(quads, starts.size):
         a = pixels[starts[i] : starts[i] + size]
         for p in range(size):
             maximum[p] = max(maximum[p], a[p])
@@ -184,6 +192,49 @@ def image_sums(pixels: Any, starts: Any, images: Any, out: Any) -> None:
                 for f in range(min(4, n - i)):
                     for j in range(min(4, out.shape[1] - k)):
                         out[i + f, k + j] += sums[f][j]
+
+
+@kernel  # type: ignore[untyped-decorator, unused-ignore]
+def all_sums(
+    pixels: Any, starts: Any, block: Any, shape: Any, spans: Any, columns: Any, images: Any, frames: Any
+) -> None:
+    """Every kernel on a block of frames before the next block, while it is in the cache.
+
+    Parameters
+    ----------
+    pixels : (m,) array
+        Pixels of all frames.
+    starts : (n,) int64
+        First pixel of each frame.
+    block : int
+        Frames that fit into the second-level cache.
+    shape : tuple of int
+        Detector shape (y, x).
+    spans : tuple of int64 arrays
+        Regions whose moments are those of the whole detector (k,), spans of masks (k, 3), spans of regions (k, 5).
+    columns : (2 * STRIP,) array
+        Scratch; its type is that of sums that surely fit.
+    images : tuple of flat arrays
+        Total and maximum over frames; empty where not wanted.
+    frames : tuple of arrays
+        Mask sums (n, masks) and moments (n, regions, 3), added to.
+    """
+    whole, mask_spans, region_spans = spans
+    total, maximum = images
+    masks, regions = frames
+    for first in range(0, starts.size, block):
+        last = min(first + block, starts.size)
+        some = starts[first:last]
+        for k in range(whole.size):
+            moments(pixels, some, shape, columns, regions[first:last, whole[k]])
+        if total.size:
+            frame_sum(pixels, some, total)
+        if maximum.size:
+            frame_max(pixels, some, maximum)
+        if mask_spans.shape[0]:
+            mask_sums(pixels, some, mask_spans, columns, masks[first:last])
+        if region_spans.shape[0]:
+            moments_in_spans(pixels, some, region_spans, columns, regions[first:last])
 
 
 @kernel  # type: ignore[untyped-decorator, unused-ignore]

@@ -224,6 +224,8 @@ def unbitshuffle(raw: Bytes, out: Bytes, size: int, block: int) -> int:
     o, group = 0, 8 * size
     if raw.size != out.size:
         return TOO_SHORT if raw.size < out.size else TOO_LONG
+    if block <= 0 or block % group:
+        return BAD_HEADER
     while out.size - o >= group:
         count = min(block, (out.size - o) // group * group)
         unshuffle_bits(raw, o, count, out, o, size)

@@ -19,6 +19,8 @@ from gpuem.formats.source import Step
 
 Bytes = NDArray[np.uint8]
 _ZSTD, _LZ4 = 3, 2
+# steps that keep the size but for a few bytes, which they take off
+_SAME_SIZE = {"shuffle": 0, "fletcher32": 4}
 
 
 def decode(
@@ -52,16 +54,13 @@ def decode(
         The bytes are damaged, or they decode to another size.
     """
     applied = [step for k, step in enumerate(steps) if not skipped >> (len(steps) - 1 - k) & 1]
-    sizes = [nbytes]
-    for step in reversed(applied[1:]):
-        sizes.append(sizes[-1] + (4 if step.name == "fletcher32" else 0))
     data = np.ascontiguousarray(raw)
     for k, step in enumerate(applied):
-        size = sizes[len(applied) - 1 - k]
+        size = _size(data.size, applied[k:], nbytes)
         target = out if out is not None and k == len(applied) - 1 else np.empty(size, np.uint8)
         try:
             data = _STEPS[step.name](data, target, *step.parameters)
-        except _Broken as error:
+        except _BrokenError as error:
             raise DataError(f"a chunk of {raw.size} bytes can't be decoded by {step.name}: {error}") from None
         except KeyError:
             raise DataError(f"a chunk is stored with {step.name}, which gpuem can't decode") from None
@@ -82,7 +81,14 @@ def known(steps: tuple[Step, ...]) -> list[str]:
     return [step.name for step in steps if step.name not in _STEPS]
 
 
-class _Broken(Exception):
+def _size(have: int, left: list[Step], nbytes: int) -> int:
+    """Bytes that the first of the steps that are `left` must give, of `have` bytes, for the last to give `nbytes`."""
+    if left[0].name in _SAME_SIZE and any(step.name not in _SAME_SIZE for step in left[1:]):
+        return max(0, have - _SAME_SIZE[left[0].name])
+    return nbytes + sum(_SAME_SIZE[step.name] for step in left[1:] if step.name in _SAME_SIZE)
+
+
+class _BrokenError(Exception):
     """Why a step can't be undone."""
 
 
@@ -94,7 +100,7 @@ def _imagecodecs(name: str, **options: Any) -> Callable[..., Bytes]:
         try:
             decoded = getattr(library, f"{name}_decode")(raw, out=out, **options)
         except (RuntimeError, ValueError, OverflowError) as error:
-            raise _Broken(str(error)) from None
+            raise _BrokenError(str(error)) from None
         return np.frombuffer(decoded, np.uint8)
 
     return undo
@@ -103,10 +109,12 @@ def _imagecodecs(name: str, **options: Any) -> Callable[..., Bytes]:
 def _blosc(raw: Bytes, out: Bytes, *parameters: int) -> Bytes:
     """Blosc 1: its header says both sizes, which are compared before the library sees the chunk."""
     if raw.size < 16:
-        raise _Broken("it is shorter than its header")
+        raise _BrokenError("it is shorter than its header")
     nbytes, _, stored = struct.unpack("<4xIII", raw[:16].tobytes())
     if nbytes != out.size or stored != raw.size:
-        raise _Broken(f"its header says {stored} bytes that hold {nbytes}; there are {raw.size} to hold {out.size}")
+        raise _BrokenError(
+            f"its header says {stored} bytes that hold {nbytes}; there are {raw.size} to hold {out.size}"
+        )
     return _imagecodecs("blosc", numthreads=1)(raw, out)
 
 
@@ -115,20 +123,20 @@ def _bitshuffle(raw: Bytes, out: Bytes, itemsize: int, block: int = 0, compressi
     from gpuem.codecs import bitshuffle
 
     if itemsize not in (1, 2, 4, 8):
-        raise _Broken(f"pixels of {itemsize} bytes; 1, 2, 4 and 8 are known")
+        raise _BrokenError(f"pixels of {itemsize} bytes; 1, 2, 4 and 8 are known")
     if compression == _LZ4:
         return _checked(bitshuffle.bitshuffle_lz4(raw, out, itemsize), out)
     if compression == _ZSTD:
         return _bitshuffle_zstd(raw, out, itemsize)
     if compression:
-        raise _Broken(f"compression {compression} of bitshuffle is unknown")
+        raise _BrokenError(f"compression {compression} of bitshuffle is unknown")
     # the library's own default: 8 KiB, in whole groups of 8 pixels
     return _checked(bitshuffle.unbitshuffle(raw, out, itemsize, (block or 8192 // itemsize) * itemsize), out)
 
 
 def _bitshuffle_zstd(raw: Bytes, out: Bytes, itemsize: int) -> Bytes:
     """Bitshuffle whose blocks are zstd frames, framed as those of LZ4 are."""
-    from gpuem.codecs import bitshuffle
+    from gpuem.codecs import bitshuffle, planes
 
     group = 8 * itemsize
     block = bitshuffle.frame_header(raw, out.size, group)
@@ -143,7 +151,7 @@ def _bitshuffle_zstd(raw: Bytes, out: Bytes, itemsize: int) -> Bytes:
             return _checked(bitshuffle.TOO_SHORT, out)
         if zstd(raw[i + 4 : stop], scratch[:count]).size != count:
             return _checked(bitshuffle.BAD_BLOCK, out)
-        bitshuffle.unshuffle_bits(scratch, 0, count, out, o, itemsize)
+        planes.unshuffle_bits(scratch, 0, count, out, o, itemsize)
         i, o = stop, o + count
     if raw.size - i != out.size - o:
         return _checked(bitshuffle.TOO_SHORT if raw.size - i < out.size - o else bitshuffle.TOO_LONG, out)
@@ -161,7 +169,7 @@ def _shuffle(raw: Bytes, out: Bytes, itemsize: int) -> Bytes:
     from gpuem.codecs import planes
 
     if raw.size != out.size:
-        raise _Broken(f"{raw.size} bytes instead of {out.size}")
+        raise _BrokenError(f"{raw.size} bytes instead of {out.size}")
     planes.unshuffle_bytes(raw, out, itemsize)
     return out
 
@@ -170,12 +178,12 @@ def _fletcher32(raw: Bytes, out: Bytes, *parameters: int) -> Bytes:
     """Compare the checksum that follows the data, then drop it."""
     library = importlib.import_module("imagecodecs")
     if raw.size < 4:
-        raise _Broken("it is shorter than its checksum")
+        raise _BrokenError("it is shorter than its checksum")
     data = raw[:-4]
     told, found = int.from_bytes(raw[-4:].tobytes(), "little"), int(library.h5checksum_fletcher32(data))
     # HDF5 up to 1.6.2 wrote the bytes of each half the other way round
     if found not in (told, (told & 0x00FF00FF) << 8 | told >> 8 & 0x00FF00FF):
-        raise _Broken(f"its checksum is {found:08x}, the file says {told:08x}")
+        raise _BrokenError(f"its checksum is {found:08x}, the file says {told:08x}")
     return data
 
 
@@ -184,7 +192,7 @@ def _checked(code: int, out: Bytes) -> Bytes:
     from gpuem.codecs import bitshuffle
 
     if code < 0:
-        raise _Broken(bitshuffle.REASONS[code])
+        raise _BrokenError(bitshuffle.REASONS[code])
     return out
 
 

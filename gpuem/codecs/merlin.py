@@ -1,9 +1,9 @@
 """Merlin raw frames (R64): packed pixels of one chip or of several, unpacked and put together into images.
 
 A raw frame is what the readout sends: 64-bit big-endian words whose pixels stand in reverse order, the first pixel in
-the lowest bits (64 pixels of 1 bit, 8 of 6 bits in a byte each, 4 of 12 bits in 16 bits each). A stored row runs through
-one row of every chip, the last chip first; chips of the lower half of a quad look the other way and are turned by 180
-degrees in the image. 24-bit counts are two 12-bit frames one after the other, the upper bits first.
+the lowest bits (64 pixels of 1 bit, 8 of 6 bits in a byte each, 4 of 12 bits in 16 bits each). A stored row runs
+through one row of every chip, the last chip first; chips of the lower half of a quad look the other way and are turned
+by 180 degrees in the image. 24-bit counts are two 12-bit frames one after the other, the upper bits first.
 
 To reverse the bytes of a word is to put its pixels in order, little-endian: most of the work is that one operation.
 """

@@ -7,6 +7,7 @@ decides.
 
 from __future__ import annotations
 
+import math
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -58,9 +59,9 @@ def read_header(paths: tuple[Path, ...], *, scan: tuple[int, int] | None = None,
     Returns
     -------
     Source
-        Frames of 128 x 128 float32. The detector is calibrated in mrad where the .xml has the measured angle of a pixel.
-        The scan is not calibrated: software versions disagree on whether the field of view is the camera's; it is in the
-        metadata as it stands (m, as text).
+        Frames of 128 x 128 float32. The detector is calibrated in mrad where the .xml has the measured angle of a
+        pixel. The scan is not calibrated: software versions disagree on whether the field of view is the camera's; it
+        is in the metadata as it stands (m, as text).
 
     Raises
     ------
@@ -84,9 +85,9 @@ def read_header(paths: tuple[Path, ...], *, scan: tuple[int, int] | None = None,
     candidates = [scan] if scan is not None else _scans(root, raw)
     if not candidates:
         raise InputError(f"{path}: says nothing of the scan; its .raw holds {whole} frames: give scan = [y, x]")
-    shape = next((s for s in candidates if int(np.prod(s)) == whole), candidates[0])
+    shape = next((s for s in candidates if math.prod(s) == whole), candidates[0])
     notes = _check(path, file, shape, whole, rest, fit)
-    frames = int(np.prod(shape))
+    frames = math.prod(shape)
     count = min(whole, frames)
     piece = Piece(0, (count,), Runs.one(0, count, _STRIDE, _FRAME_BYTES), _STORED)
     metadata = _metadata(root)
@@ -106,7 +107,7 @@ def read_header(paths: tuple[Path, ...], *, scan: tuple[int, int] | None = None,
 
 def _check(path: Path, file: File, shape: tuple[int, ...], whole: int, rest: int, fit: bool) -> list[str]:
     """Compare the .raw with the scan: nothing, a note if `fit`, or an error."""
-    frames = int(np.prod(shape))
+    frames = math.prod(shape)
     if min(shape) < 1:
         raise InputError(f"{path}: scan {shape} has no positions; give scan = [y, x]")
     if whole == frames and not rest:
@@ -226,5 +227,5 @@ def _detector(metadata: dict[str, Any]) -> tuple[Axis, ...]:
     <calibrated_pixelsize> is no such thing: it is a length in the image plane, though others read it as 1/nm.
     """
     step = metadata.get("diffraction_step_mrad", 0.0)
-    # 128 pixels take in between a hundredth of a mrad each (Lorentz) and a tenth of a radian in all
+    # from Lorentz STEM's microradians to more than any camera takes in; beyond that the entry is a placeholder
     return calibrate(detector_axes(FRAME), step, "mrad") if 1e-4 < step < 10.0 else ()

@@ -7,6 +7,7 @@ order, which is the detector's: a hot pixel that the vendor names x, y lies at [
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def read_header(paths: tuple[Path, ...], *, fit: bool = False) -> Source:
         "mib",
         tuple(f.file for f in files),
         pieces,
-        max(frames, int(np.prod(scan_shape))),
+        max(frames, math.prod(scan_shape)),
         image.shape,
         image.stored.newbyteorder("="),
         scan_shape,
@@ -161,7 +162,7 @@ def _scan_shape(hdr: _Hdr, frames: int, whole: int, fit: bool) -> tuple[tuple[in
         shape = (total // line, line)
     else:
         shape = (total,)
-    promised = int(np.prod(shape))
+    promised = math.prod(shape)
     if promised == frames or promised <= 0:
         return (shape if promised > 0 else (frames,)), []
     if promised < frames:

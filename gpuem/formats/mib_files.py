@@ -86,7 +86,7 @@ class Frames:
 def integer(fields: Mapping[str, str], key: str) -> int | None:
     """A whole number of the .hdr, None where it isn't there or isn't one."""
     text = fields.get(key, "")
-    return int(text) if text.isascii() and text.isdigit() else None
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None
 
 
 def parse_hdr(path: Path) -> dict[str, str]:
@@ -263,6 +263,16 @@ def _numbers(fields: list[str]) -> tuple[float, ...]:
         return ()
 
 
+def _arrangement(header: Header) -> tuple[int, int]:
+    """Chips from top to bottom and from left to right; (0, 0) where the layout isn't understood."""
+    # a chip alone may be read out of a larger assembly
+    if header.chips == 1:
+        return 1, 1
+    # G stands for gaps between chips, which raw frames don't have
+    match = re.fullmatch(r"([0-9]{1,2})x([0-9]{1,2})G?", header.layout)
+    return (int(match[2]), int(match[1])) if match else (0, 0)
+
+
 def _image(path: Path, header: Header, depth: int | None) -> Image:
     """What the header says of the image."""
     if header.kind in _STORED:
@@ -275,9 +285,7 @@ def _image(path: Path, header: Header, depth: int | None) -> Image:
         raise InputError(
             f"{path}: raw data (R64) of counter depth {depth}; known: 1, 6, 12, 24. A .hdr beside it may say"
         )
-    # a chip alone may be read out of a larger assembly; G stands for gaps, which raw frames don't have
-    match = re.fullmatch(r"([0-9]+)x([0-9]+)G?", header.layout) if header.chips > 1 else re.fullmatch("(1)(1)", "11")
-    chips_x, chips_y = (int(match[1]), int(match[2])) if match else (0, 0)
+    chips_y, chips_x = _arrangement(header)
     # 24 bits come as two frames of 12, side by side in the header's width
     widths = (CHIP * header.chips, CHIP * header.chips * 2) if depth == 24 else (CHIP * header.chips,)
     if chips_x * chips_y != header.chips or chips_y not in (1, 2) or header.width not in widths:

@@ -1,0 +1,277 @@
+"""The commands; the only module that prints."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from gpuem.errors import GpuemError
+
+if TYPE_CHECKING:
+    from gpuem.dataset import Dataset
+    from gpuem.results import Results
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Stream detector frames once and leave maps behind: virtual detectors, centre of mass.",
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@app.callback()
+def _options(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on the way.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        out.print(f"gpuem {installed('gpuem')}")
+        raise typer.Exit
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("numba", "matplotlib", "asyncio", "h5py", "zarr", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace a result that is there.")] = False,
+) -> None:
+    """Run a recipe and save its maps."""
+    found, where = _run(recipe, overwrite)
+    _report(found, where)
+
+
+@app.command()
+def check(recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file.")]) -> None:
+    """Do everything `run` does except touching the data: shards, bytes, memory, estimated time."""
+    from gpuem import job, results
+    from gpuem import recipe as recipes
+
+    loaded, _ = recipes.load(recipe)
+    ds = job.open_input(loaded)
+    prepared = job.prepare(ds, loaded.analysis, roi=loaded.input.roi, **job.run_options(loaded))
+    plan = prepared.plan
+    _describe_data(ds)
+    wanted = int(prepared.wanted.sum())
+    out.print(f"scan positions   {wanted:,} of {ds.positions:,} wanted")
+    out.print(f"analyses         {', '.join(f'{a.name} ({a.kind})' for a in loaded.analysis)}")
+    out.print(f"device           {prepared.backend.NAME}, {plan.threads} threads")
+    out.print(f"shards           {len(plan.shards):,} of up to {max(s.frames for s in plan.shards):,} frames")
+    out.print(f"memory           {plan.total_nbytes / 1e6:,.0f} MB")
+    for name, nbytes in plan.nbytes.items():
+        out.print(f"                 {nbytes / 1e6:,.0f} MB {name}")
+    stored = sum(f.size for f in ds.source.files)
+    out.print(f"to read          {stored * wanted / ds.positions / 1e9:,.3f} GB of files")
+    slow, fast = ds.source.nbytes * wanted / ds.positions / 2e9, ds.source.nbytes * wanted / ds.positions / 2e8
+    out.print(f"estimated time   {_duration(slow)} from memory (2 GB/s per run) to {_duration(fast)} from a disk of 200 MB/s")
+    state = "free to write"
+    try:
+        results.check_writable(loaded.output.path, overwrite=False)
+    except GpuemError as error:
+        state = str(error)
+    out.print(f"result           {escape(state)}: {escape(str(loaded.output.path))}")
+    out.print("The recipe is good; nothing was computed.")
+
+
+@app.command()
+def info(path: Annotated[Path, typer.Argument(help="A detector file, or a result.")]) -> None:
+    """Say what a detector file or a result holds."""
+    from gpuem import results
+
+    if path.is_dir() and results.is_result(path):
+        _describe_results(results.load_results(path), path)
+        return
+    from gpuem.formats import find_format, read_header
+
+    if find_format(path) == "raw":
+        out.print(f"{escape(str(path))}: raw, {path.stat().st_size:,} bytes" if path.exists() else "")
+    source = read_header((path,), fit=True) if find_format(path) != "raw" else None
+    if source is None:
+        out.print('A raw file says nothing of itself; give scan, frame and dtype in a recipe: frame = [256, 256], dtype = "uint16"')
+        return
+    from gpuem.dataset import arrange
+
+    ds = arrange(source, None, 0, True, None)
+    _describe_data(ds)
+    for key, value in ds.metadata.items():
+        out.print(f"{escape(str(key)):<16} {escape(str(value))}")
+
+
+@app.command()
+def devices() -> None:
+    """List what gpuem can compute on."""
+    import platform
+
+    from gpuem.executors.local import cpus
+
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0] if names else model
+    out.print(f"cpu    {escape(model)}, {cpus()} processors for this process")
+    out.print("cuda   not supported by this version of gpuem")
+
+
+@app.command()
+def demo(folder: Annotated[Path, typer.Argument(help="Where to write the demo; it is created.")]) -> None:
+    """Write a small 4D-STEM file with known truth and its recipe, run it, compare."""
+    from gpuem import demo as demonstration
+
+    recipe = demonstration.write(folder)
+    out.print(f"wrote {escape(str(recipe.with_suffix('.raw')))} and {escape(str(recipe))}")
+    found, where = _run(recipe, overwrite=True)
+    _report(found, where)
+    from rich.table import Table
+
+    table = Table("quantity", "truth", "found", "", title="Found against the truth", title_justify="left")
+    rows = demonstration.compare(found)
+    for quantity, true, value, good in rows:
+        table.add_row(quantity, true, value, "ok" if good else "WRONG")
+    out.print(table)
+    if not all(row[3] for row in rows):
+        raise typer.Exit(1)
+
+
+def _run(recipe: Path, overwrite: bool) -> tuple[Results, Path]:
+    from gpuem import job, results
+    from gpuem import recipe as recipes
+
+    loaded, text = recipes.load(recipe)
+    results.check_writable(loaded.output.path, overwrite=overwrite)
+    ds = job.open_input(loaded)
+    for note in ds.notes:
+        err.print(f"note: {escape(note)}")
+    with _progress(ds) as advance:
+        found = job.run(ds, loaded.analysis, roi=loaded.input.roi, progress=advance, **job.run_options(loaded))
+    found.provenance["recipe"] = text
+    where = found.save(loaded.output.path, overwrite=overwrite)
+    if loaded.output.previews:
+        _previews(found, where)
+    return found, where
+
+
+def _previews(found: Results, where: Path) -> None:
+    try:
+        from gpuem import plot
+
+        folder = where.with_suffix(".previews")
+        plot.save_previews(found, folder)
+        out.print(f"pictures         {escape(str(folder))}")
+    except ImportError:
+        err.print("no pictures: matplotlib is not installed (pip install 'gpuem[plot]')")
+
+
+class _progress:  # noqa: N801
+    """A bar with GB/s and time left on a terminal, nothing elsewhere."""
+
+    def __init__(self, ds: Dataset) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.frame_nbytes = ds.source.frame_nbytes
+        self.bar = Progress(
+            TextColumn("reading"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal,
+        )  # fmt: skip
+        self.task = self.bar.add_task("frames", total=ds.source.frames, rate="")
+
+    def __enter__(self) -> Any:
+        self.started = time.perf_counter()
+        self.bar.start()
+        return self.advance
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+    def advance(self, frames: int) -> None:
+        self.bar.advance(self.task, frames)
+        done = self.bar.tasks[0].completed * self.frame_nbytes / 1e9
+        self.bar.update(self.task, rate=f"{done / max(time.perf_counter() - self.started, 1e-9):.2f} GB/s")
+
+
+def _report(found: Results, where: Path) -> None:
+    facts = found.provenance
+    frames, seconds = facts["frames"], facts["seconds"]["total"]
+    out.print(
+        f"read             {frames['read']:,} frames, {facts['bytes'] / 1e9:.3f} GB in {_duration(seconds)} "
+        f"({facts['bytes'] / 1e9 / seconds:.2f} GB/s) on {facts['device']}, {facts['threads']} threads"
+    )
+    if frames["masked"]:
+        out.print(f"masked           {frames['masked']:,} of {frames['wanted']:,} positions have no readable frame")
+    for item in facts["lost"][:10]:
+        out.print(f"                 {escape(item['frames'])}: {escape(item['reason'])}")
+    if len(facts["lost"]) > 10:
+        out.print(f"                 and {len(facts['lost']) - 10} more, listed in the result")
+    for name, item in found.maps.items():
+        if name.endswith("/field_y") and item.attributes:
+            angle, flip = item.attributes["rotation_deg"], item.attributes["flip"]
+            if angle or flip:
+                out.print(f"{name.split('/')[0]:<16} rotation {angle:.2f} degrees, flip {'yes' if flip else 'no'}")
+    out.print(f"result           {escape(str(where))}")
+
+
+def _describe_data(ds: Dataset) -> None:
+    for file in ds.source.files[:3]:
+        out.print(f"file             {escape(str(file.path))} ({file.size:,} bytes)")
+    if len(ds.source.files) > 3:
+        out.print(f"                 and {len(ds.source.files) - 3} more")
+    out.print(f"format           {ds.source.format}")
+    for label, axes in (("scan", ds.scan), ("detector", ds.detector)):
+        sizes = " x ".join(str(a.size) for a in axes)
+        steps = ", ".join(f"{a.name} {a.step:g} {a.unit}" for a in axes if a.unit != "px")
+        out.print(f"{label:<16} {sizes}{f'  ({steps})' if steps else ''}")
+    out.print(f"pixels           {ds.dtype.name}, {ds.source.nbytes / 1e9:.3f} GB decoded")
+    for note in ds.notes:
+        out.print(f"note             {escape(note)}")
+
+
+def _describe_results(found: Results, path: Path) -> None:
+    facts = found.provenance
+    out.print(f"result           {escape(str(path))}")
+    out.print(f"made             {facts['finished']} by gpuem {facts['gpuem']} on {facts['device']}")
+    for file in facts["input"]["files"]:
+        out.print(f"from             {escape(file['path'])} ({file['size']:,} bytes)")
+    frames = facts["frames"]
+    out.print(f"frames           {frames['read']:,} read, {frames['masked']:,} masked")
+    from rich.table import Table
+
+    table = Table("map", "shape", "type", "unit", "meaning")
+    for name, item in found.maps.items():
+        table.add_row(name, " x ".join(map(str, item.data.shape)), item.data.dtype.name, item.units, item.description)
+    out.print(table)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def main() -> None:
+    """Entry point: errors of gpuem become one message and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except GpuemError as error:
+        err.print(f"[bold red]error:[/bold red] {escape(str(error))}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("stopped; nothing was written")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

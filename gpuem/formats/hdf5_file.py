@@ -1,0 +1,232 @@
+"""An HDF5 file opened for looking: what lies in it, of what type, and the way around byte extents through h5py."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuem.errors import DataError, InputError
+from gpuem.formats.source import Box, Calls, File
+
+# HDF5 is not made for several threads; one call at a time, over all files
+_LOCK = threading.Lock()
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+
+
+@dataclass
+class Files:
+    """The files a Source reads, numbered in the order in which they are met, and what there is to say about them."""
+
+    met: dict[Path, File] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def index(self, path: Path) -> int:
+        """Number of the file at `path`."""
+        if path not in self.met:
+            self.met[path] = File.of(path)
+        return list(self.met).index(path)
+
+    def size(self, number: int) -> int:
+        """Bytes of a file."""
+        return list(self.met.values())[number].size
+
+    def note(self, text: str) -> None:
+        """Tell the user something, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+@contextlib.contextmanager
+def opened(path: Path, notes: Files | None = None) -> Iterator[Any]:
+    """An ``h5py.File`` for reading, also while another program writes it.
+
+    Raises
+    ------
+    InputError
+        It isn't there, isn't HDF5, or is cut off; with the sizes.
+    """
+    import h5py
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        file = _without_lock(path, error)
+        if notes is not None:
+            notes.note(f"{path}: another program has it open; it was read without a lock, as it was then")
+    with file:
+        yield file
+
+
+def _without_lock(path: Path, error: OSError) -> Any:
+    """A file that another program is writing: without the lock, then as one of a single writer and many readers."""
+    import h5py
+
+    for options in ({"locking": False}, {"locking": False, "swmr": True}):
+        if "lock" not in str(error) and "already open for" not in str(error):
+            break
+        try:
+            return h5py.File(path, "r", **options)
+        except OSError as again:
+            error = again
+    raise InputError(_why(path, error)) from None
+
+
+def _why(path: Path, error: OSError) -> str:
+    """Why a file can't be opened, in sizes."""
+    size = path.stat().st_size
+    if size == 0:
+        return f"{path}: the file is empty (0 bytes)"
+    promised = re.search(r"stored_eof = (\d+)", str(error))
+    if promised:
+        return (
+            f"{path}: the file is cut off: it has {size} bytes, its header promises {promised[1]}; HDF5 keeps its "
+            "tables anywhere in the file, so nothing of it can be trusted: copy it again"
+        )
+    if "already open" in str(error):
+        return (
+            f"{path}: another program has it open for writing, or left it so; close that program, or clear the mark: "
+            f"h5clear -s {path}"
+        )
+    with path.open("rb") as stream:
+        if _SIGNATURE not in stream.read(4096):
+            return f"{path}: not an HDF5 file, or its first bytes are damaged ({size} bytes)"
+    return f"{path}: HDF5 can't open it ({size} bytes): {error}"
+
+
+def walk(file: Any) -> tuple[dict[str, Any], list[str]]:
+    """All datasets of an open file by name, each once, and the files that broken links point to.
+
+    External and soft links are followed.
+    """
+    import h5py
+
+    found: dict[str, Any] = {}
+    broken: list[str] = []
+    seen, groups = set(), [file["/"]]
+    while groups:
+        group = groups.pop(0)
+        links = [(name, group.get(name, getlink=True)) for name in group]
+        for name, link in sorted(links, key=lambda pair: not isinstance(pair[1], h5py.HardLink)):
+            try:
+                item = group[name]
+            except (KeyError, OSError):
+                if isinstance(link, h5py.ExternalLink):
+                    broken.append(link.filename)
+                continue
+            info = h5py.h5o.get_info(item.id)
+            if (info.fileno, info.addr) in seen:
+                continue
+            seen.add((info.fileno, info.addr))
+            if isinstance(item, h5py.Group):
+                groups.append(item)
+            elif isinstance(item, h5py.Dataset):
+                # a dataset behind a link to another file goes by the name it has there; keep the way that leads to it
+                here = item.file.filename == file.filename
+                found[item.name if here else f"{group.name.rstrip('/')}/{name}"] = item
+    return found, broken
+
+
+def type_name(dset: Any) -> str:
+    """The type of a dataset's elements in words; anything that h5py knows, for messages and listings."""
+    try:
+        dtype = dset.dtype
+    except TypeError:
+        return "a type NumPy lacks"
+    if dtype.names:
+        return f"compound of {', '.join(dtype.names)}"
+    return "string" if dtype.kind in "SOU" else str(dtype)
+
+
+def pixel_type(dset: Any) -> tuple[np.dtype[Any], bool]:
+    """Type of a pixel as it is stored, byte order included, and whether its bytes are exactly NumPy's.
+
+    Raises
+    ------
+    InputError
+        The elements aren't real numbers of at most 8 bytes.
+    """
+    import h5py
+
+    try:
+        dtype = dset.dtype
+    except TypeError:
+        dtype = np.dtype("V")
+    if dtype.kind not in "uifb" or dtype.itemsize > 8:
+        what = f"complex numbers ({dtype})" if dtype.kind == "c" else type_name(dset)
+        raise InputError(f"{dset.file.filename}: {dset.name} holds {what}; pixels must be real numbers of 1 to 8 bytes")
+    exact = bool(dset.id.get_type() == h5py.h5t.py_create(dtype, logical=True))
+    if dtype.kind == "b":
+        return np.dtype("u1"), exact
+    if h5py.check_enum_dtype(dtype) is not None:
+        return np.dtype(dtype.str), True
+    return np.dtype(dtype.str), exact
+
+
+def calls(dset: Any, stored: np.dtype[Any]) -> Calls:
+    """Read a dataset through h5py, for what byte extents can't describe.
+
+    Raises
+    ------
+    InputError
+        It is compressed with a filter that isn't installed.
+    """
+    import h5py
+
+    plist = dset.id.get_create_plist()
+    filters = [plist.get_filter(k) for k in range(plist.get_nfilters())]
+    if any(not h5py.h5z.filter_avail(entry[0]) for entry in filters):
+        _plugins()
+    missing = [f"{entry[0]} ({entry[3].decode()})" for entry in filters if not h5py.h5z.filter_avail(entry[0])]
+    if missing:
+        raise InputError(
+            f"{dset.file.filename}: {dset.name} needs HDF5 filter {', '.join(missing)}, which isn't installed: "
+            "pip install hdf5plugin"
+        )
+    nav = dset.shape[:-2] or (1,)
+    if dset.chunks and dset.ndim > 2:
+        chunk = tuple(min(c, n) for c, n in zip(dset.chunks[:-2], nav, strict=True))
+    else:
+        chunk = (1,) * (len(nav) - 1) + (nav[-1],)
+    return Calls(
+        Reader(Path(dset.file.filename).absolute(), dset.name, stored.newbyteorder("=")), chunk, concurrent=False
+    )
+
+
+def _plugins() -> bool:
+    """Register the filters of hdf5plugin where it is installed."""
+    with contextlib.suppress(ImportError):
+        import hdf5plugin  # type: ignore[import-untyped,unused-ignore]
+
+        return bool(hdf5plugin)
+    return False
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads boxes of a dataset through h5py; opens the file for each, so that it can travel to other processes."""
+
+    path: Path
+    name: str
+    dtype: np.dtype[Any]
+
+    def __call__(self, box: Box) -> NDArray[Any]:
+        """The box (nav..., y, x); raises DataError where HDF5 can't read it."""
+        with _LOCK:
+            _plugins()
+            try:
+                with opened(self.path) as file:
+                    dset = file[self.name]
+                    data = dset[box] if dset.ndim == len(box) else dset[box[1:]][None][box[0]]
+            except (OSError, RuntimeError, KeyError) as error:
+                raise DataError(f"{self.path}: {self.name} can't be read through h5py: {error}") from None
+        return np.asarray(data, self.dtype)

@@ -1,0 +1,132 @@
+"""Pictures of results: one PNG per analysis, with axes in physical units, a scale bar and a colour bar."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuem.analyses import Map
+from gpuem.results import Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# what a person looks at first; the rest is in the result file
+_SHOWN = {"sum": ("mean", "max"), "com": ("field_y", "field_x", "magnitude", "divergence", "curl", "counts")}
+_SIGNED = ("shift_y", "shift_x", "field_y", "field_x", "divergence", "curl")
+
+
+def save_previews(results: Results, folder: Path) -> list[Path]:
+    """Write one PNG per analysis into `folder`, replacing what previous runs left there.
+
+    Returns
+    -------
+    list of Path
+        The pictures.
+    """
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    written = []
+    groups: dict[str, dict[str, Map]] = {}
+    for name, item in results.maps.items():
+        group, _, last = name.rpartition("/")
+        if item.data.ndim == 2 and item.data.size > 6 and name != "valid":
+            groups.setdefault(group or name, {})[last or name] = item
+    for group, maps in groups.items():
+        kinds = [kind for kind in _SHOWN.values() if set(kind) & set(maps)]
+        shown = {k: m for k, m in maps.items() if not kinds or k in kinds[0]}
+        path = folder / f"{group}.png"
+        figure_of(group, shown).savefig(path, dpi=110)
+        written.append(path)
+    return written
+
+
+def figure_of(title: str, maps: dict[str, Map]) -> Figure:
+    """A figure with one panel per map."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(maps))
+    rows = -(-len(maps) // columns)
+    figure = Figure(figsize=(4.2 * columns, 3.7 * rows))
+    FigureCanvasAgg(figure)
+    for k, (name, item) in enumerate(maps.items()):
+        # places are computed, not negotiated: an automatic layout draws everything several times
+        left, bottom = (k % columns) / columns, 1 - (k // columns + 1) / rows
+        panel = figure.add_axes((left + 0.03 / columns, bottom + 0.04 / rows, 0.76 / columns, 0.86 / rows))
+        bar = figure.add_axes((left + 0.80 / columns, bottom + 0.10 / rows, 0.03 / columns, 0.74 / rows))
+        draw(panel, bar, f"{title}/{name}" if name != title else name, item)
+    return figure
+
+
+def draw(axes: Axes, bar: Axes, title: str, item: Map) -> None:
+    """Draw one map: diverging colours around 0 for signed maps, log counts for diffraction patterns.
+
+    Parameters
+    ----------
+    axes, bar : matplotlib axes
+        Where the map and its colour bar go.
+    title : str
+        Title of the panel, by convention the name of the map.
+    item : Map
+        A map of two dimensions.
+    """
+    from matplotlib.colors import LogNorm
+
+    data = item.data.astype(np.float64)
+    y, x = item.axes
+    options: dict[str, Any] = {"cmap": "gray", "interpolation": "nearest"}
+    low, high = _limits(data)
+    if title.rpartition("/")[2] in _SIGNED:
+        largest = max(abs(low), abs(high)) or 1.0
+        options.update(cmap="RdBu_r", vmin=-largest, vmax=largest)
+    elif y.name.startswith("detector") and data.max(initial=0.0) > 0:
+        # clip keeps pixels without counts at the lowest colour instead of leaving holes
+        lowest = float(data[data > 0].min())
+        options.update(cmap="magma", norm=LogNorm(lowest, max(float(data.max()), 1.001 * lowest), clip=True))
+    else:
+        options.update(vmin=low, vmax=high)
+    image = axes.imshow(data, aspect=y.step / x.step, **options)
+    axes.set_facecolor("0.6")
+    axes.set_title(title, fontsize=10, y=1.01)  # a given height spares a search for a free one
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.figure.colorbar(image, cax=bar, format="%.6g")
+    bar.set_title(item.units, fontsize=8, y=1.02)
+    bar.tick_params(labelsize=7)
+    bar.minorticks_off()
+    _scale_bar(axes, data.shape, x.step, x.unit)
+
+
+def _limits(data: NDArray[np.float64]) -> tuple[float, float]:
+    """Range of the colours: 0.5 to 99.5 percent of the values, so that one hot pixel doesn't hide the rest."""
+    known = data[np.isfinite(data)]
+    if known.size == 0:
+        return 0.0, 1.0
+    low, high = (float(v) for v in np.percentile(known, (0.5, 99.5)))
+    return (low, high) if high > low else (low - 0.5, low + 0.5)
+
+
+def _scale_bar(axes: Axes, shape: tuple[int, ...], step: float, unit: str) -> None:
+    """A bar of a round length near a fifth of the width, in a box that can be read on any colour."""
+    from matplotlib.patches import Rectangle
+
+    height, width = shape
+    target = width * step / 5
+    power = 10.0 ** math.floor(math.log10(target))
+    length = max(k * power for k in (1, 2, 5) if k * power <= target)
+    extent = length / step
+    left, bottom = 0.03 * width - 0.5, 0.97 * height - 0.5
+    box = (max(extent, 0.16 * width) + 0.04 * width, 0.13 * height)
+    axes.add_patch(Rectangle((left, bottom - box[1]), *box, facecolor="black", alpha=0.55, linewidth=0))
+    middle = left + box[0] / 2
+    axes.add_patch(Rectangle((middle - extent / 2, bottom - 0.04 * height), extent, 0.02 * height, facecolor="white"))
+    text = f"{length:g} {unit}"
+    axes.text(middle, bottom - 0.05 * height, text, color="white", fontsize=8, ha="center", va="bottom")

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference
+from hypothesis import given
+from hypothesis import strategies as st
+
+import gpuem
+
+PIXELS = ["u1", "<u2", ">u2", "<u4", ">u4", "<i2", ">i4", "<f4", ">f4", "<f8", ">i8", "?", "<f2"]
+
+
+@given(
+    dtype=st.sampled_from(PIXELS),
+    counts=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    frame=st.sampled_from([(1, 1), (3, 5), (7, 2)]),
+    extra=st.tuples(*[st.integers(0, 9)] * 3),
+)
+def test_raw_reads_what_was_written(tmp_path_factory, dtype, counts, frame, extra):
+    offset, header, footer = extra
+    folder = tmp_path_factory.mktemp("raw")
+    native = np.dtype(dtype).newbyteorder("=")
+    data = np.random.default_rng(0).integers(0, 2 if dtype == "?" else 100, (sum(counts), *frame)).astype(dtype)
+    paths, at = [], 0
+    for k, count in enumerate(counts):
+        body = b"".join(b"H" * header + f.tobytes() + b"F" * footer for f in data[at : at + count])
+        paths.append(folder / f"part{k}.bin")
+        paths[-1].write_bytes(b"O" * offset + body)
+        at += count
+    ds = gpuem.open(paths, frame=frame, dtype=dtype, offset=offset, header=header, footer=footer)
+    expected = data.astype({"?": "u1", "<f2": "f4"}.get(dtype, native))
+    assert ds.dtype == expected.dtype
+    assert np.array_equal(ds[...], expected)
+    assert np.array_equal(ds[-1], expected[-1])
+    found = gpuem.run(ds, [gpuem.Sum(), gpuem.VirtualDetector(shape="disk", outer=99)])
+    assert np.array_equal(found["sum/sum"].data, reference.frame_sum(expected))
+    assert np.array_equal(found["virtual"].data, reference.mask_sums(expected, np.ones(frame, bool)))
+
+
+@pytest.mark.parametrize("fortran", [False, True])
+@pytest.mark.parametrize("dtype", ["<u2", ">u2", ">f4", "u1", "<i4"])
+@pytest.mark.parametrize("shape", [(5, 7, 3, 11), (13, 4, 6), (5, 9), (2, 3, 4, 5, 6)])
+def test_npy_both_orders(fortran, dtype, shape):
+    data = reference.planted(shape, dtype[-2:]).astype(dtype)
+    np.save("a.npy", np.asfortranarray(data) if fortran else data)
+    ds = gpuem.open("a.npy")
+    expected = data.reshape(1, *shape) if len(shape) == 2 else data
+    assert ds.shape == expected.shape
+    assert np.array_equal(ds[...], expected)
+    found = gpuem.run(ds, [gpuem.Sum(), gpuem.CenterOfMass()])
+    frames = expected.reshape(-1, *shape[-2:])
+    assert np.array_equal(found["sum/sum"].data, reference.frame_sum(frames))
+    center = (shape[-2] - 1) / 2, (shape[-1] - 1) / 2
+    assert np.array_equal(found["com/shift_x"].data.ravel(), reference.com(frames, center)[:, 1])
+
+
+def test_indexing_like_an_array():
+    data = reference.planted((4, 5, 6, 7), "u2")
+    np.save("a.npy", data)
+    ds = gpuem.open("a.npy")
+    for key in (np.s_[1, 2], np.s_[3], np.s_[1:3, ::2], np.s_[..., 2:4, 1], np.s_[:, 1, 3:5], np.s_[-1, -1, 0, 0]):
+        assert np.array_equal(ds[key], data[key])
+
+
+def test_pickled_npy_is_refused():
+    np.save("a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    with pytest.raises(gpuem.InputError, match="never unpickles"):
+        gpuem.open("a.npy")
+
+
+def test_truncated_files_say_how_many_frames_are_whole():
+    data = reference.planted((10, 8, 8), "u2")
+    np.save("a.npy", data)
+    with open("a.npy", "r+b") as stream:
+        stream.truncate(128 + 7 * 128 + 5)
+    with pytest.raises(gpuem.TruncatedError, match="hold 7 of the 10 frames") as error:
+        gpuem.open("a.npy")
+    assert error.value.whole == 7
+    found = gpuem.run(gpuem.open("a.npy", fit=True), [gpuem.Sum()])
+    assert found["valid"].data.tolist() == [True] * 7 + [False] * 3
+    assert np.array_equal(found["sum/sum"].data, reference.frame_sum(data[:7]))
+    with open("a.raw", "wb") as stream:
+        stream.write(data.tobytes()[:-1])
+    with pytest.raises(gpuem.TruncatedError, match="9 whole frames"):
+        gpuem.open("a.raw", frame=(8, 8), dtype="u2")
+    assert gpuem.open("a.raw", frame=(8, 8), dtype="u2", fit=True).shape == (9, 8, 8)
+
+
+def test_bad_files():
+    open("empty.npy", "w").close()
+    with pytest.raises(gpuem.InputError, match="empty file"):
+        gpuem.open("empty.npy")
+    with open("alien.npy", "wb") as stream:
+        stream.write(b"\x93NUMPY\x01\x00garbage" * 9)
+    with pytest.raises(gpuem.InputError, match=r"not a \.npy file"):
+        gpuem.open("alien.npy")
+    np.save("scan_01.npy", np.ones((2, 2, 2)))
+    with pytest.raises(gpuem.InputError, match=r"did you mean scan_01\.npy"):
+        gpuem.open("scan_1.npy")
+    with open("a.xyz", "w") as stream:
+        stream.write("x")
+    with pytest.raises(gpuem.InputError, match="unknown kind of file"):
+        gpuem.open("a.xyz")
+    with pytest.raises(gpuem.InputError, match="a folder"):
+        gpuem.open(".")
+    np.save("c.npy", np.ones((2, 2, 2), complex))
+    with pytest.raises(gpuem.RecipeError, match="integers or floats"):
+        gpuem.open("c.npy")
+    np.save("v.npy", np.ones(4))
+    with pytest.raises(gpuem.InputError, match="no frames"):
+        gpuem.open("v.npy")
+    with open("a.raw", "wb") as stream:
+        stream.write(bytes(64))
+    with pytest.raises(gpuem.RecipeError, match="says nothing of itself"):
+        gpuem.open("a.raw")
+    with pytest.raises(gpuem.RecipeError, match="no option 'frame'"):
+        gpuem.open("scan_01.npy", frame=(2, 2))
+    with pytest.raises(gpuem.RecipeError, match="did you mean 'npy'"):
+        gpuem.open("scan_01.npy", format="nyp")
+    with pytest.raises(gpuem.RecipeError, match="not a type"):
+        gpuem.open("a.raw", frame=(2, 2), dtype="unit16")
+
+
+def test_a_file_that_changes_under_the_run_is_refused():
+    np.save("a.npy", np.ones((4, 3, 3), "u1"))
+    ds = gpuem.open("a.npy")
+    np.save("a.npy", np.ones((5, 3, 3), "u1"))
+    with pytest.raises(gpuem.InputError, match="changed since it was opened"):
+        gpuem.run(ds, [gpuem.Sum()])
