@@ -28,16 +28,21 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        out.print(f"gpuem {version('gpuem')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on the way.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)
+    ] = False,
 ) -> None:
-    if version:
-        from importlib.metadata import version as installed
-
-        out.print(f"gpuem {installed('gpuem')}")
-        raise typer.Exit
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("numba", "matplotlib", "asyncio", "h5py", "zarr", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -154,8 +159,12 @@ def _run(recipe: Path, overwrite: bool) -> tuple[Results, Path]:
     ds = job.open_input(loaded)
     for note in ds.notes:
         err.print(f"note: {escape(note)}")
-    with _progress(ds) as advance:
-        found = job.run(ds, loaded.analysis, roi=loaded.input.roi, progress=advance, **job.run_options(loaded))
+    try:
+        with _progress(ds) as advance:
+            found = job.run(ds, loaded.analysis, roi=loaded.input.roi, progress=advance, **job.run_options(loaded))
+    except KeyboardInterrupt:
+        err.print("stopped; nothing was written")
+        raise typer.Exit(130) from None
     found.provenance["recipe"] = text
     where = found.save(loaded.output.path, overwrite=overwrite)
     if loaded.output.previews:
@@ -268,9 +277,6 @@ def main() -> None:
     except GpuemError as error:
         err.print(f"[bold red]error:[/bold red] {escape(str(error))}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        err.print("stopped; nothing was written")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -74,6 +75,11 @@ class Dataset:
         """What the header says."""
         return self.source.metadata
 
+    @functools.cached_property
+    def files(self) -> Files:
+        """The open files; mappings stay, so that a second run finds its pages at once."""
+        return Files(self.source.files)
+
     @property
     def positions(self) -> int:
         """Number of scan positions."""
@@ -103,20 +109,20 @@ class Dataset:
         """Frames by their flat index in file order."""
         out = np.empty((indices.size, *self.frame_shape), self.dtype)
         found = np.zeros(indices.size, np.bool_)
-        with Files(self.source.files) as files:
-            for piece in self.source.pieces:
-                mine = indices[(indices >= piece.start) & (indices < piece.start + piece.frames)]
-                tile = tiles.tile_shape(piece, self.source.frame_nbytes)
-                for number in np.unique(tiles.tile_of(piece, tile, mine)).tolist():
-                    box = tiles.box(piece, tile, number)
-                    keep = np.isin(tiles.frames_of(piece, box), mine)
-                    for item in cpu.load(self.source, files, piece, box, keep):
-                        if not isinstance(item, Block):
-                            raise DataError(f"{describe(item.indices)}: {item.message}", tuple(item.indices.tolist()))
-                        for frame, start in zip(item.indices, item.frames.starts, strict=True):
-                            stop = start + math.prod(self.frame_shape)
-                            out[indices == frame] = item.frames.pixels[start:stop].reshape(self.frame_shape)
-                            found |= indices == frame
+        self.files.check()
+        for piece in self.source.pieces:
+            mine = indices[(indices >= piece.start) & (indices < piece.start + piece.frames)]
+            tile = tiles.tile_shape(piece, self.source.frame_nbytes)
+            for number in np.unique(tiles.tile_of(piece, tile, mine)).tolist():
+                box = tiles.box(piece, tile, number)
+                keep = np.isin(tiles.frames_of(piece, box), mine)
+                for item in cpu.load(self.source, self.files, piece, box, keep):
+                    if not isinstance(item, Block):
+                        raise DataError(f"{describe(item.indices)}: {item.message}", tuple(item.indices.tolist()))
+                    for frame, start in zip(item.indices, item.frames.starts, strict=True):
+                        stop = start + math.prod(self.frame_shape)
+                        out[indices == frame] = item.frames.pixels[start:stop].reshape(self.frame_shape)
+                        found |= indices == frame
         if not found.all():
             raise DataError(f"{describe(indices[~found])} not in the file", tuple(indices[~found].tolist()))
         return out

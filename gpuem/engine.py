@@ -43,6 +43,8 @@ class Job:
         The region of interest.
     on_error : {"stop", "mask"}
         What to do with frames that can't be read.
+    give_back : bool
+        Unmap what was used, so that mapped files don't pile up.
     stop : threading.Event
         Set when the run is to end early.
     """
@@ -55,6 +57,7 @@ class Job:
     skip: int
     wanted: NDArray[np.bool_]
     on_error: OnError = "stop"
+    give_back: bool = True
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -114,11 +117,10 @@ def run_shard(job: Job, index: int) -> Partial:
                 done += good.indices.size
             start = time.perf_counter()
             seconds["compute"] += start - loaded
-    if isinstance(piece.layout, Runs):
+    if job.give_back and isinstance(piece.layout, Runs):
         for extent in extents:
             job.files.release(*extent)
     sums.masks, sums.images, sums.moments = sums.masks[:done], sums.images[:done], sums.moments[:done]
-    sums.work.clear()
     return Partial(index, positions[:done], sums, tuple(lost), done * job.source.frame_nbytes, seconds)
 
 
@@ -223,5 +225,4 @@ def combine(job: Job, partials: Iterable[Partial]) -> Totals:
 def _empty_totals(job: Job) -> Totals:
     sums = job.backend.new_sums(job.prepared, job.wanted.size)
     sums.total = sums.total.astype(job.prepared.wide)
-    sums.work.clear()
     return Totals(sums, np.zeros(job.wanted.size, np.bool_))

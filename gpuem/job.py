@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import os
 import platform
@@ -74,8 +75,7 @@ def run(
     started = time.perf_counter()
     ds = data if isinstance(data, Dataset) else dataset.of_array(data)
     prepared = prepare(ds, analyses, roi=roi, device=device, threads=threads, memory=memory, on_error=on_error)
-    with prepared.files:
-        totals = engine.combine(prepared, local.run(prepared, progress))
+    totals = engine.combine(prepared, local.run(prepared, progress))
     maps = finish(view_of(ds), analyses, totals)
     return Results(maps, provenance(ds, analyses, prepared, totals, time.perf_counter() - started))
 
@@ -129,15 +129,18 @@ def prepare(
     prepared = backend.prepare(weights, ds.frame_shape, ds.dtype)
     wanted = region(ds, roi)
     one = backend.new_sums(prepared, 1)
+    allowed = recipe.parse_memory(memory) if memory is not None else available_memory()
     plan = tiles.plan(
         ds.source,
         frame_result_nbytes=one.masks.nbytes + one.images.nbytes + one.moments.nbytes + 8,
         image_nbytes=one.total.nbytes + one.maximum.nbytes,
         threads=threads or local.cpus(),
-        memory=recipe.parse_memory(memory) if memory is not None else available_memory(),
+        memory=allowed,
     )
-    files = engine.Files(ds.source.files)
-    return engine.Job(ds.source, files, plan, backend, prepared, ds.skip, wanted, on_error)
+    ds.files.check()
+    # mappings of files that could fill the memory are given back as soon as they are used
+    give_back = 2 * sum(file.size for file in ds.source.files) > allowed
+    return engine.Job(ds.source, ds.files, plan, backend, prepared, ds.skip, wanted, on_error, give_back)
 
 
 def finish(view: View, analyses: Sequence[Analysis], totals: engine.Totals) -> dict[str, Map]:
@@ -207,18 +210,25 @@ def available_memory() -> int:
     return int(0.8 * free)
 
 
-def provenance(
-    ds: Dataset, analyses: Sequence[Analysis], job: engine.Job, totals: engine.Totals, seconds: float
-) -> dict[str, Any]:
-    """How the results came about, as plain values."""
-    missing = int(job.wanted.sum() - totals.valid.sum())
-    lost = [{"frames": engine.describe(item.indices), "reason": item.message} for item in totals.lost]
+@functools.cache
+def _versions() -> dict[str, Any]:
     libraries = ("numpy", "numba", "h5py", "imagecodecs", "zarr", "pydantic")
     return {
         "gpuem": version("gpuem"),
         "python": platform.python_version(),
         "libraries": {name: version(name) for name in libraries},
         "platform": platform.platform(),
+    }
+
+
+def provenance(
+    ds: Dataset, analyses: Sequence[Analysis], job: engine.Job, totals: engine.Totals, seconds: float
+) -> dict[str, Any]:
+    """How the results came about, as plain values."""
+    missing = int(job.wanted.sum() - totals.valid.sum())
+    lost = [{"frames": engine.describe(item.indices), "reason": item.message} for item in totals.lost]
+    return {
+        **_versions(),
         "command": sys.argv,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": job.backend.NAME,

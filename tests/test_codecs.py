@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import mmap
 import struct
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import imagecodecs
@@ -226,6 +229,63 @@ def test_damaged_lz4_blocks_write_nothing_outside_their_room():
 def test_impossible_lz4_blocks(block):
     out = np.zeros(64, np.uint8)
     assert bitshuffle.lz4_block(as_bytes(block), 0, len(block), out, 0, 8) == bitshuffle.BAD_BLOCK
+
+
+def test_lz4_never_reaches_before_its_own_block():
+    """A distance of 0, or one that points before the first byte of this block, even if the buffer goes on there."""
+    for distance, good in ((0, False), (1, True), (2, False), (3, False), (65535, False)):
+        block = as_bytes(b"\x10a" + distance.to_bytes(2, "little") + b"\x30xyz")
+        out = np.full(64, 0xA5, np.uint8)
+        assert (bitshuffle.lz4_block(block, 0, block.size, out, 2, 10) == 0) is good, distance
+        assert (out[:2] == 0xA5).all()
+        if good:
+            assert out[2:10].tobytes() == b"aaaaaxyz"
+
+
+def guarded(size):
+    """A buffer whose last byte is the last one that may be touched: the page behind it ends the process."""
+    page = mmap.PAGESIZE
+    pages = -(-size // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    everything = np.frombuffer(memory, np.uint8)
+    behind = ctypes.c_void_p(everything.ctypes.data + pages * page)
+    assert ctypes.CDLL(None, use_errno=True).mprotect(behind, ctypes.c_size_t(page), 0) == 0
+    return everything[pages * page - size : pages * page]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="mprotect is POSIX")
+@pytest.mark.parametrize("dtype", ["u1", "<u2", "<u4", "<u8"])
+def test_nothing_is_touched_behind_the_buffers(dtype):
+    """Good, damaged and cut-off chunks whose buffers end at a forbidden page."""
+    rng = np.random.default_rng(11)
+    for count in (9, 256, 1003, 4096):
+        pixels = rng.poisson(0.7, count).astype(dtype)
+        raw = as_bytes(bitshuffled(pixels, 1024))
+        source, out = guarded(raw.size), guarded(pixels.nbytes)
+        source[:] = raw
+        assert bitshuffle.bitshuffle_lz4(source, out, pixels.itemsize) == 0
+        np.testing.assert_array_equal(out.view(dtype), pixels)
+        for _ in range(300):
+            source[:] = raw
+            for place in rng.integers(12, raw.size, rng.integers(1, 4)):
+                source[place] = rng.choice([0xFF, 0xF0, 0x0F, rng.integers(256)])
+            bitshuffle.bitshuffle_lz4(source, out, pixels.itemsize)
+            bitshuffle.lz4_block(source, 16, raw.size, out, 0, out.size)
+        for cut in rng.integers(0, raw.size, 50):
+            short = source[raw.size - cut :]
+            short[:] = raw[:cut]
+            assert bitshuffle.bitshuffle_lz4(short, out, pixels.itemsize) < 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="mprotect is POSIX")
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_transposes_touch_nothing_behind_the_buffers(size):
+    for count in (8, 96, 256, 264, 1000, 1032):
+        source, out = guarded(count * size), guarded(count * size)
+        for value in (0, 3, 255):
+            source[:] = value
+            planes.unshuffle_bits(source, 0, count * size, out, 0, size)
+            planes.unshuffle_bytes(source, out, size)
 
 
 @pytest.mark.parametrize("distance", [*range(1, 20), 31, 32, 33, 64])

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal
 
@@ -110,8 +110,6 @@ class Sums:
         Per frame and region: sum, y-weighted sum, x-weighted sum.
     total, maximum : (y, x) array
         Over all frames.
-    work : dict
-        Scratch of the backend.
     """
 
     masks: NDArray[Any]
@@ -119,7 +117,6 @@ class Sums:
     moments: NDArray[Any]
     total: NDArray[Any]
     maximum: NDArray[Any]
-    work: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
 def select(device: Device) -> ModuleType:

@@ -19,6 +19,8 @@ __all__ = ["NAME", "Prepared", "add_frames", "finite", "load", "new_sums", "prep
 NAME = "cpu"
 # the second-level cache of current processors holds 1 to 2 MiB per core
 BLOCK_NBYTES = 1 << 20
+# groups of LANES pixels whose sum fits into 32 bits for 16-bit pixels, signed or not
+SECTION = (1 << 15) // kernels.LANES
 # 32-bit totals hold this many frames of 16-bit pixels, signed or not
 NARROW_FRAMES = 1 << 15
 
@@ -32,7 +34,7 @@ class Prepared:
     dtype: np.dtype[Any]
     narrow: NDArray[Any]
     wide: np.dtype[Any]
-    mask_spans: NDArray[np.int64]
+    mask_tables: tuple[NDArray[Any], ...]
     whole: NDArray[np.int64]
     region_spans: NDArray[np.int64]
     images: NDArray[np.floating[Any]]
@@ -54,18 +56,17 @@ def prepare(weights: Weights, shape: tuple[int, int], dtype: np.dtype[Any]) -> P
     narrow, wide = _accumulators(dtype)
     # single precision holds pixels of up to 16 bits exactly
     real = np.float32 if dtype.itemsize <= 2 or dtype == np.float32 else np.float64
-    images = np.zeros((-(-len(weights.images) // 4) * 4, math.prod(shape)), real)
+    images = _zeros((-(-len(weights.images) // 4) * 4, math.prod(shape)), np.dtype(real))
     for k, image in enumerate(weights.images):
         images[k] = image.ravel()
-    masks = [(k, mask) for k, mask in enumerate(weights.masks)]
     regions = [(k, mask) for k, mask in enumerate(weights.moments) if mask is not None]
     return Prepared(
         weights,
         shape,
         dtype,
-        np.zeros(2 * kernels.STRIP, narrow),
+        np.zeros(8 * kernels.PITCH, narrow),
         wide,
-        _spans(masks, shape, longest=1 << 16)[:, :3].copy(),
+        _mask_tables(weights.masks, shape),
         np.array([k for k, mask in enumerate(weights.moments) if mask is None], np.int64),
         _spans(regions, shape, longest=kernels.STRIP),
         images,
@@ -78,13 +79,14 @@ def new_sums(prepared: Prepared, frames: int) -> Sums:
     weights, shape, dtype = prepared.weights, prepared.shape, prepared.dtype
     total = prepared.narrow.dtype if frames <= NARROW_FRAMES else prepared.wide
     lowest = -np.inf if dtype.kind == "f" else np.iinfo(dtype).min
+    maximum = _zeros(shape if weights.maximum else (0, 0), dtype)
+    maximum[...] = lowest
     return Sums(
         np.zeros((frames, len(weights.masks)), prepared.wide),
         np.zeros((frames, len(weights.images)), np.float64),
         np.zeros((frames, len(weights.moments), 3), prepared.wide),
-        np.zeros(shape if weights.total else (0, 0), total),
-        np.full(shape if weights.maximum else (0, 0), lowest, dtype),
-        {"columns": np.empty_like(prepared.narrow)},
+        _zeros(shape if weights.total else (0, 0), total),
+        maximum,
     )
 
 
@@ -113,16 +115,20 @@ def add_frames(frames: Frames, prepared: Prepared, sums: Sums, at: int) -> None:
     rows = slice(at, at + count)
     if prepared.images.size:
         kernels.image_sums(frames.pixels, frames.starts, prepared.images, sums.images[rows])
+    weights, narrow, whole = prepared.weights, prepared.narrow, prepared.whole
+    moments = np.zeros((count if whole.size else 0, 3), prepared.wide)
     kernels.all_sums(
         frames.pixels,
         frames.starts,
-        max(1, BLOCK_NBYTES // (math.prod(prepared.shape) * prepared.dtype.itemsize)),
+        max(4, BLOCK_NBYTES // (math.prod(prepared.shape) * prepared.dtype.itemsize)),
         prepared.shape,
-        (prepared.whole, prepared.mask_spans, prepared.region_spans),
-        sums.work["columns"],
-        (sums.total.reshape(-1), sums.maximum.reshape(-1)),
-        (sums.masks[rows], sums.moments[rows]),
+        (sums.total.reshape(-1) if weights.total else None, sums.maximum.reshape(-1) if weights.maximum else None),
+        (_zeros(narrow.shape, narrow.dtype) if whole.size else None, moments),
+        (prepared.mask_tables, narrow, sums.masks[rows]),
+        (prepared.region_spans, narrow, sums.moments[rows]),
     )
+    if whole.size:
+        sums.moments[rows, whole] = moments[:, None]
 
 
 def finite(frames: Frames) -> NDArray[np.bool_]:
@@ -131,6 +137,14 @@ def finite(frames: Frames) -> NDArray[np.bool_]:
     if frames.pixels.dtype.kind == "f":
         kernels.all_finite(frames.pixels, frames.starts, math.prod(frames.shape), out)
     return out
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Zeros that begin on a cache line: vectors that straddle two lines cost twice."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _accumulators(dtype: np.dtype[Any]) -> tuple[np.dtype[Any], np.dtype[Any]]:
@@ -154,6 +168,36 @@ def _spans(masks: list[tuple[int, NDArray[np.bool_]]], shape: tuple[int, int], l
                 rows.append((y * width + cut, y * width + min(end, cut + longest), k, y, cut))
     # all masks of a row before the next row: the row is still in the first-level cache
     return np.array(sorted(rows), np.int64).reshape(-1, 5)
+
+
+def _mask_tables(masks: tuple[NDArray[np.bool_], ...], shape: tuple[int, int]) -> tuple[NDArray[Any], ...]:
+    """Masks as groups of LANES pixels: runs of whole groups, and groups of which only some lanes count."""
+    lanes, size = kernels.LANES, math.prod(shape)
+    sections, groups, edges, chosen = [], [], [np.empty(0, np.int64)], [np.empty((0, lanes), np.uint8)]
+    for k, mask in enumerate(masks):
+        # the last group overlaps the one before it, whose lanes it leaves out
+        positions = np.minimum(np.arange(0, size, lanes), max(size - lanes, 0))
+        cells = np.zeros((positions.size, lanes), np.uint8)
+        cells.reshape(-1)[: size] = mask.reshape(-1)
+        if size % lanes and size > lanes:
+            cells[-1] = np.roll(cells[-1], lanes - size % lanes)
+        for first in range(0, positions.size, SECTION):
+            part = cells[first : first + SECTION]
+            whole = part.all(axis=1)
+            some = np.flatnonzero(part.any(axis=1) & ~whole)
+            turns = np.diff(np.pad(whole, 1).astype(np.int8))
+            runs = [(positions[first + a], b - a) for a, b in zip(np.flatnonzero(turns == 1), np.flatnonzero(turns == -1), strict=True)]
+            done = sum(e.size for e in edges)
+            sections.append((k, len(groups), len(groups) + len(runs), done, done + some.size))
+            groups.extend(runs)
+            edges.append(positions[first + some])
+            chosen.append(part[some])
+    return (
+        np.array(sections, np.int64).reshape(-1, 5),
+        np.array(groups, np.int64).reshape(-1, 2),
+        np.concatenate(edges),
+        np.concatenate(chosen).reshape(-1),
+    )
 
 
 def _safe_magnitude(shape: tuple[int, int], dtype: np.dtype[Any]) -> float:

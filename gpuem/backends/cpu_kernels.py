@@ -13,14 +13,17 @@ from typing import Any
 import numba
 import numpy as np
 
+from gpuem.backends.cpu_vectors import LANES, PITCH, accumulate4, dot4x4, fetch, masked_sum
+
 # 65535 * 256 * 257 / 2 < 2^32: twice-accumulated uint16 columns of a band fit in 32 bits; int16 in 31
 BAND = 256
 # columns per strip: the accumulators of a strip stay in the first-level cache, at distances known to the compiler
 STRIP = 256
 # pixels whose products with a weight are added in the weight's own precision before they go to float64
-PANEL = 512
+PANEL = 1024
 
 kernel = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+helper = numba.njit(nogil=True, boundscheck=False, error_model="numpy")
 # sums of floats may be reordered into vector lanes: the order then depends on the processor, never on the tiling
 reduction = numba.njit(
     nogil=True, cache=True, boundscheck=False, error_model="numpy", fastmath={"reassoc", "nsz", "contract"}
@@ -28,114 +31,134 @@ reduction = numba.njit(
 
 
 @kernel  # type: ignore[untyped-decorator, unused-ignore]
-def frame_sum(pixels: Any, starts: Any, total: Any) -> None:
-    """Add every frame to `total` (y*x,), frame after frame."""
-    cast = total.dtype.type
-    size = total.size
-    quads = starts.size // 4 * 4
-    for i in range(0, quads, 4):
-        a = pixels[starts[i] : starts[i] + size]
-        b = pixels[starts[i + 1] : starts[i + 1] + size]
-        c = pixels[starts[i + 2] : starts[i + 2] + size]
-        d = pixels[starts[i + 3] : starts[i + 3] + size]
-        for p in range(size):
-            total[p] = cast(cast(cast(cast(total[p] + cast(a[p])) + cast(b[p])) + cast(c[p])) + cast(d[p]))
-    for i in range(quads, starts.size):
-        a = pixels[starts[i] : starts[i] + size]
-        for p in range(size):
-            total[p] = cast(total[p] + cast(a[p]))
-
-
-@kernel  # type: ignore[untyped-decorator, unused-ignore]
-def frame_max(pixels: Any, starts: Any, maximum: Any) -> None:
-    """Raise `maximum` (y*x,) to the brightest value that each pixel had."""
-    size = maximum.size
-    quads = starts.size // 4 * 4
-    for i in range(0, quads, 4):
-        a = pixels[starts[i] : starts[i] + size]
-        b = pixels[starts[i + 1] : starts[i + 1] + size]
-        c = pixels[starts[i + 2] : starts[i + 2] + size]
-        d = pixels[starts[i + 3] : starts[i + 3] + size]
-        for p in range(size):
-            maximum[p] = max(max(maximum[p], a[p]), max(max(b[p], c[p]), d[p]))
-    for i in range(quads, starts.size):
-        a = pixels[starts[i] : starts[i] + size]
-        for p in range(size):
-            maximum[p] = max(maximum[p], a[p])
-
-
-@kernel  # type: ignore[untyped-decorator, unused-ignore]
-def moments(pixels: Any, starts: Any, shape: Any, columns: Any, out: Any) -> None:
-    """Sum, y- and x-weighted sum of whole frames, added to `out` (n, 3).
+def whole_frames(pixels: Any, starts: Any, shape: Any, total: Any, maximum: Any, columns: Any, out: Any) -> None:
+    """Sum and maximum over frames, and moments of every frame, in one pass; what is None is left out.
 
     Column sums are accumulated twice: the second accumulator holds the running sum of the first, that is
     sum((rows - y) * pixel), from which the y-moment follows without one multiplication per pixel.
-    `columns` is scratch of 2 * STRIP elements in the accumulator's type.
+
+    Parameters
+    ----------
+    pixels, starts, shape : array, (n,) int64, tuple of int
+        The frames.
+    total, maximum : (y*x,) array or None
+        Added to; raised.
+    columns : (8 * PITCH,) array or None
+        Scratch of the column sums, in a type in which those of a band fit.
+    out : (n, 3) array
+        Sum, y- and x-weighted sum of every frame are added; not used where `columns` is None.
     """
     height, width = shape
-    cast = columns.dtype.type
-    wide = out.dtype.type
-    for i in range(starts.size):
+    for first in range(0, starts.size, 4):
+        count = min(4, starts.size - first)
         for x0 in range(0, width, STRIP):
             n = min(STRIP, width - x0)
             for y0 in range(0, height, BAND):
                 m = min(BAND, height - y0)
-                _accumulate_twice(pixels, starts[i] + y0 * width + x0, width, m, n, columns, cast)
-                band = wide(0)
-                band_x = wide(0)
-                twice = wide(0)
-                for x in range(n):
-                    column = wide(columns[x])
-                    band += column
-                    band_x += wide(x) * column
-                    twice += wide(columns[STRIP + x])
-                out[i, 0] += band
-                out[i, 1] += wide(m + y0) * band - twice
-                out[i, 2] += band_x + wide(x0) * band
+                if columns is not None:
+                    columns[:] = 0
+                if count == 4:
+                    at = (starts[first], starts[first + 1], starts[first + 2], starts[first + 3])
+                    _band_of_four(pixels, at, (x0, n, y0, m, width), total, maximum, columns)
+                else:
+                    for f in range(count):
+                        _band_of_one(pixels, starts[first + f], f, (x0, n, y0, m, width), total, maximum, columns)
+                if columns is not None:
+                    _reduce_columns(columns, (x0, n, y0, m), out[first : first + count])
 
 
-@numba.njit(nogil=True, boundscheck=False, error_model="numpy", inline="always")  # type: ignore[untyped-decorator, unused-ignore]
-def _accumulate_twice(pixels: Any, start: Any, width: Any, rows: Any, n: Any, columns: Any, cast: Any) -> None:
-    """Column sums of a band into columns[:n], their running sums into columns[STRIP : STRIP + n]."""
-    for x in range(2 * STRIP):
-        columns[x] = cast(0)
-    quads = rows // 4 * 4
-    for y in range(0, quads, 4):
-        row = start + y * width
-        a = pixels[row : row + n]
-        b = pixels[row + width : row + width + n]
-        c = pixels[row + 2 * width : row + 2 * width + n]
-        d = pixels[row + 3 * width : row + 3 * width + n]
+@helper  # type: ignore[untyped-decorator, unused-ignore]
+def _band_of_four(pixels: Any, at: Any, area: Any, total: Any, maximum: Any, columns: Any) -> None:
+    x0, n, y0, m, width = area
+    vectors = n // LANES * LANES
+    quads = m // 4 * 4
+    for y in range(y0, y0 + quads, 4):
+        row = y * width + x0
+        for f in range(4):
+            for r in range(4, 8):
+                fetch(pixels, at[f] + row + r * width, n)
+        for x in range(0, vectors, LANES):
+            where = row + x
+            here = (at[0] + where, at[1] + where, at[2] + where, at[3] + where)
+            accumulate4(pixels, here, width, 4, total, maximum, where, columns, x)
+    for y in range(y0 + quads, y0 + m):
+        row = y * width + x0
+        for x in range(0, vectors, LANES):
+            where = row + x
+            here = (at[0] + where, at[1] + where, at[2] + where, at[3] + where)
+            accumulate4(pixels, here, width, 1, total, maximum, where, columns, x)
+    if vectors < n:
+        for f in range(4):
+            rest = (x0 + vectors, n - vectors, y0, m, width)
+            _band_of_one(pixels, at[f], f, rest, total, maximum, None if columns is None else columns[vectors:])
+
+
+@helper  # type: ignore[untyped-decorator, unused-ignore]
+def _band_of_one(pixels: Any, start: Any, f: Any, area: Any, total: Any, maximum: Any, columns: Any) -> None:
+    """Pixel by pixel, in the same order of additions as four at a time: the same bits for floats too."""
+    x0, n, y0, m, width = area
+    for y in range(y0, y0 + m):
+        row = y * width + x0
         for x in range(n):
-            s1 = cast(columns[x] + cast(a[x]))
-            s2 = cast(s1 + cast(b[x]))
-            s3 = cast(s2 + cast(c[x]))
-            s4 = cast(s3 + cast(d[x]))
-            columns[x] = s4
-            columns[x + STRIP] = cast(columns[x + STRIP] + cast(cast(s1 + s2) + cast(s3 + s4)))
-    for y in range(quads, rows):
-        a = pixels[start + y * width : start + y * width + n]
-        for x in range(n):
-            s1 = cast(columns[x] + cast(a[x]))
-            columns[x] = s1
-            columns[x + STRIP] = cast(columns[x + STRIP] + s1)
+            v = pixels[start + row + x]
+            if total is not None:
+                total[row + x] = total.dtype.type(total[row + x] + total.dtype.type(v))
+            if maximum is not None:
+                maximum[row + x] = max(maximum[row + x], v)
+            if columns is not None:
+                column = columns.dtype.type(columns[f * PITCH + x] + columns.dtype.type(v))
+                columns[f * PITCH + x] = column
+                columns[(4 + f) * PITCH + x] = columns.dtype.type(columns[(4 + f) * PITCH + x] + column)
 
 
-@reduction  # type: ignore[untyped-decorator, unused-ignore]
-def mask_sums(pixels: Any, starts: Any, spans: Any, narrow: Any, out: Any) -> None:
-    """Add to `out` (n, masks) the sums over spans (first pixel, end, mask) of at most 65536 pixels.
-
-    `narrow` is an array of the type in which a span surely fits; only its type is used.
-    """
-    cast = narrow.dtype.type
+@helper  # type: ignore[untyped-decorator, unused-ignore]
+def _reduce_columns(columns: Any, area: Any, out: Any) -> None:
+    x0, n, y0, m = area
     wide = out.dtype.type
+    for f in range(out.shape[0]):
+        band = wide(0)
+        band_x = wide(0)
+        twice = wide(0)
+        for x in range(n):
+            column = wide(columns[f * PITCH + x])
+            band += column
+            band_x += wide(x) * column
+            twice += wide(columns[(4 + f) * PITCH + x])
+        out[f, 0] += band
+        out[f, 1] += wide(m + y0) * band - twice
+        out[f, 2] += band_x + wide(x0) * band
+
+
+@kernel  # type: ignore[untyped-decorator, unused-ignore]
+def mask_sums(pixels: Any, starts: Any, size: Any, tables: Any, narrow: Any, out: Any) -> None:
+    """Add to `out` (n, masks) the sums of the pixels inside each mask.
+
+    Parameters
+    ----------
+    pixels, starts, size : array, (n,) int64, int
+        The frames and their number of pixels.
+    tables : tuple of arrays
+        Sections (s, 5): mask, rows of `groups`, rows of `edges`; groups (k, 2): first pixel, number of whole groups of
+        LANES pixels; edges (e,): first pixel of a group of which only some lanes count; lanes (e * LANES,): which.
+    narrow : array
+        Its type holds the sums of a lane over a section.
+    out : (n, masks) array
+        Added to.
+    """
+    sections, groups, edges, lanes = tables
+    if size < LANES:
+        # a group would reach beyond the frame
+        for i in range(starts.size):
+            for s in range(sections.shape[0]):
+                for p in range(size):
+                    if lanes[sections[s, 3] * LANES + p]:
+                        out[i, sections[s, 0]] += out.dtype.type(pixels[starts[i] + p])
+        return
     for i in range(starts.size):
-        for k in range(spans.shape[0]):
-            span = pixels[starts[i] + spans[k, 0] : starts[i] + spans[k, 1]]
-            s = cast(0)
-            for p in range(span.size):
-                s = cast(s + cast(span[p]))
-            out[i, spans[k, 2]] += wide(s)
+        for s in range(sections.shape[0]):
+            mask, g0, g1, e0, e1 = sections[s]
+            part = masked_sum(pixels, starts[i], (groups, g0, g1), (edges, e0, e1), lanes, narrow)
+            out[i, mask] += out.dtype.type(part)
 
 
 @reduction  # type: ignore[untyped-decorator, unused-ignore]
@@ -161,80 +184,66 @@ def moments_in_spans(pixels: Any, starts: Any, spans: Any, narrow: Any, out: Any
             out[i, region, 2] += wide(s_x) + wide(spans[k, 4]) * wide(s)
 
 
-@reduction  # type: ignore[untyped-decorator, unused-ignore]
+@kernel  # type: ignore[untyped-decorator, unused-ignore]
 def image_sums(pixels: Any, starts: Any, images: Any, out: Any) -> None:
     """Add to `out` (n, images) the sums of pixel times weight, `images` (4k, y*x) in float32 or float64.
 
-    Four frames and four images at a time: sixteen accumulators stay in registers and every loaded value is used four
-    times. A panel is added up in the weights' precision, panels in float64.
+    A panel of pixels is added up in the weights' precision, panels in float64.
     """
     cast = images.dtype.type
     n, size = starts.size, images.shape[1]
+    flat = images.reshape(-1)
+    found = np.empty(16, np.float64)
     for p0 in range(0, size, PANEL):
         p1 = min(p0 + PANEL, size)
+        groups = (p1 - p0) // LANES
         for i in range(0, n, 4):
-            a = pixels[starts[i] + p0 : starts[i] + p1]
-            b = pixels[starts[min(i + 1, n - 1)] + p0 : starts[min(i + 1, n - 1)] + p1]
-            c = pixels[starts[min(i + 2, n - 1)] + p0 : starts[min(i + 2, n - 1)] + p1]
-            d = pixels[starts[min(i + 3, n - 1)] + p0 : starts[min(i + 3, n - 1)] + p1]
+            a, b = starts[i] + p0, starts[min(i + 1, n - 1)] + p0
+            c, d = starts[min(i + 2, n - 1)] + p0, starts[min(i + 3, n - 1)] + p0
             for k in range(0, images.shape[0], 4):
-                w, x, y, z = images[k, p0:p1], images[k + 1, p0:p1], images[k + 2, p0:p1], images[k + 3, p0:p1]
-                aw = ax = ay = az = bw = bx = by = bz = cast(0)
-                cw = cx = cy = cz = dw = dx = dy = dz = cast(0)
-                for p in range(p1 - p0):
-                    va, vb, vc, vd = cast(a[p]), cast(b[p]), cast(c[p]), cast(d[p])
-                    ww, wx, wy, wz = w[p], x[p], y[p], z[p]
-                    aw, ax, ay, az = aw + va * ww, ax + va * wx, ay + va * wy, az + va * wz
-                    bw, bx, by, bz = bw + vb * ww, bx + vb * wx, by + vb * wy, bz + vb * wz
-                    cw, cx, cy, cz = cw + vc * ww, cx + vc * wx, cy + vc * wy, cz + vc * wz
-                    dw, dx, dy, dz = dw + vd * ww, dx + vd * wx, dy + vd * wy, dz + vd * wz
-                sums = ((aw, ax, ay, az), (bw, bx, by, bz), (cw, cx, cy, cz), (dw, dx, dy, dz))
+                row = k * size + p0
+                found[:] = 0
+                dot4x4(pixels, (a, b, c, d), flat, (row, row + size, row + 2 * size, row + 3 * size), groups, found)
                 for f in range(min(4, n - i)):
                     for j in range(min(4, out.shape[1] - k)):
-                        out[i + f, k + j] += sums[f][j]
+                        rest = 0.0
+                        for p in range(p0 + groups * LANES, p1):
+                            rest += np.float64(cast(pixels[starts[i + f] + p]) * images[k + j, p])
+                        out[i + f, k + j] += found[4 * f + j] + rest
 
 
 @kernel  # type: ignore[untyped-decorator, unused-ignore]
 def all_sums(
-    pixels: Any, starts: Any, block: Any, shape: Any, spans: Any, columns: Any, images: Any, frames: Any
+    pixels: Any, starts: Any, block: Any, shape: Any, images: Any, whole: Any, masks: Any, regions: Any
 ) -> None:
     """Every kernel on a block of frames before the next block, while it is in the cache.
 
     Parameters
     ----------
-    pixels : (m,) array
-        Pixels of all frames.
-    starts : (n,) int64
-        First pixel of each frame.
+    pixels, starts, shape : array, (n,) int64, tuple of int
+        The frames.
     block : int
         Frames that fit into the second-level cache.
-    shape : tuple of int
-        Detector shape (y, x).
-    spans : tuple of int64 arrays
-        Regions whose moments are those of the whole detector (k,), spans of masks (k, 3), spans of regions (k, 5).
-    columns : (2 * STRIP,) array
-        Scratch; its type is that of sums that surely fit.
-    images : tuple of flat arrays
-        Total and maximum over frames; empty where not wanted.
-    frames : tuple of arrays
-        Mask sums (n, masks) and moments (n, regions, 3), added to.
+    images : tuple
+        Sum and maximum over frames (y*x,), each None where not wanted.
+    whole : tuple
+        Scratch and results (n, 3) of `whole_frames`; the scratch is None where moments aren't wanted.
+    masks : tuple
+        Tables, an array of the type of a section's sum, and results (n, masks) of `mask_sums`.
+    regions : tuple
+        Spans (k, 5), an array of the type of a span's sum, and results (n, regions, 3) of `moments_in_spans`.
     """
-    whole, mask_spans, region_spans = spans
     total, maximum = images
-    masks, regions = frames
+    columns, whole_out = whole
     for first in range(0, starts.size, block):
         last = min(first + block, starts.size)
         some = starts[first:last]
-        for k in range(whole.size):
-            moments(pixels, some, shape, columns, regions[first:last, whole[k]])
-        if total.size:
-            frame_sum(pixels, some, total)
-        if maximum.size:
-            frame_max(pixels, some, maximum)
-        if mask_spans.shape[0]:
-            mask_sums(pixels, some, mask_spans, columns, masks[first:last])
-        if region_spans.shape[0]:
-            moments_in_spans(pixels, some, region_spans, columns, regions[first:last])
+        if total is not None or maximum is not None or columns is not None:
+            whole_frames(pixels, some, shape, total, maximum, columns, whole_out[first:last])
+        if masks[0][0].shape[0]:
+            mask_sums(pixels, some, shape[0] * shape[1], masks[0], masks[1], masks[2][first:last])
+        if regions[0].shape[0]:
+            moments_in_spans(pixels, some, regions[0], regions[1], regions[2][first:last])
 
 
 @kernel  # type: ignore[untyped-decorator, unused-ignore]

@@ -87,6 +87,7 @@ def _load_chunks(
     nav = len(piece.nav)
     wanted = keep.reshape([s.stop - s.start for s in box])
     pixels = np.empty((*wanted.shape, *source.frame_shape), source.dtype)
+    scratch = np.empty(chunks.shape, piece.stored)
     lost: list[Lost] = []
     whole = (*box, slice(0, source.frame_shape[0]), slice(0, source.frame_shape[1]))
     ranges = [range(s.start // c, -(-s.stop // c)) for s, c in zip(whole, chunks.shape, strict=True)]
@@ -100,21 +101,25 @@ def _load_chunks(
         if chunks.length[index] == 0:
             lost.append(Lost(affected, "chunk was never written", broken=False))
             continue
+        # a chunk that is a whole frame, or several, is decoded where it belongs
+        target = pixels[place] if pixels[place].shape == chunks.shape and piece.stored == source.dtype else None
+        target = target if target is None or target.flags.c_contiguous else None
         try:
-            chunk = _read_chunk(piece, chunks, files, index)
+            chunk = _read_chunk(piece, chunks, files, index, scratch if target is None else target)
         except DataError as error:
             file = source.files[int(chunks.file[index])].path
             lost.append(Lost(affected, f"{file}: chunk at byte {chunks.offset[index]}: {error}"))
             continue
-        pixels[place] = chunk[tuple(slice(0, s.stop - s.start) for s in stored)]
+        if target is None:
+            pixels[place] = chunk[tuple(slice(0, s.stop - s.start) for s in stored)]
     return pixels, lost
 
 
-def _read_chunk(piece: Piece, chunks: Chunks, files: Files, index: int) -> NDArray[Any]:
+def _read_chunk(piece: Piece, chunks: Chunks, files: Files, index: int, out: NDArray[Any]) -> NDArray[Any]:
+    """Read a chunk and decode it into `out`, an array of its shape."""
     raw = files.read(int(chunks.file[index]), int(chunks.offset[index]), int(chunks.length[index]))
-    nbytes = math.prod(chunks.shape) * piece.stored.itemsize
-    decoded = codecs.decode(piece.codec, int(chunks.skipped[index]), raw, nbytes)
-    return decoded.view(piece.stored).reshape(chunks.shape)
+    codecs.decode(piece.codec, int(chunks.skipped[index]), raw, out.nbytes, out=out.reshape(-1).view(np.uint8))
+    return out
 
 
 def _load_array(source: Source, files: Files, piece: Piece, box: Box) -> NDArray[Any]:

@@ -35,8 +35,10 @@ def unpack(steps: tuple[Step, ...], data: NDArray[np.uint8], at: NDArray[np.int6
     merlin.decode(data, at, out, *step.parameters)
 
 
-def decode(steps: tuple[Step, ...], skipped: int, raw: NDArray[np.uint8], nbytes: int) -> NDArray[np.uint8]:
+def decode(
+    steps: tuple[Step, ...], skipped: int, raw: NDArray[np.uint8], nbytes: int, *, out: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
     """Undo the filters of a chunk; see `gpuem.codecs.chunks.decode`."""
     from gpuem.codecs import chunks
 
-    return chunks.decode(steps, skipped, raw, nbytes)
+    return chunks.decode(steps, skipped, raw, nbytes, out=out)

@@ -1,4 +1,4 @@
-"""LZ4 and the two HDF5 framings that detectors use: lz4 (filter 32004) and bitshuffle with LZ4 (32008).
+"""Bitshuffle with LZ4 (HDF5 filter 32008), as DECTRIS detectors write it, and bitshuffle alone.
 
 A detector that counts few electrons leaves most bits of a pixel zero. Bitshuffle gathers bit k of all pixels of a block
 in one bit plane, so LZ4 sees long runs. Decoding goes block by block (8 KiB): LZ4 into a scratch block that stays in
@@ -14,7 +14,19 @@ import struct
 
 import numpy as np
 
-from gpuem.codecs.planes import Bytes, bits1, bits2, bits4, bits8, byte_at, copy16, jit, unshuffle_bits
+from gpuem.codecs.planes import (
+    Bytes,
+    bits1,
+    bits2,
+    bits4,
+    bits8,
+    byte_at,
+    copy16,
+    jit,
+    put_word,
+    unshuffle_bits,
+    word_at,
+)
 
 BAD_HEADER, BAD_BLOCK, TOO_SHORT, TOO_LONG = -1, -2, -3, -4
 REASONS = {
@@ -25,6 +37,10 @@ REASONS = {
 }
 # how far a copy in strides of 16 bytes may reach beyond the bytes it is asked for
 SLACK = 32
+# for a pattern of 1 to 7 bytes in the low end of a 64-bit word: its bits, what repeats it, bytes of whole repeats
+_PATTERN = np.array([0] + [(1 << 8 * d) - 1 for d in range(1, 8)], np.uint64)
+_TIMES = np.array([0] + [sum(1 << s for s in range(0, 64, 8 * d)) for d in range(1, 8)], np.uint64)
+_STRIDE = np.array([1] + [8 // d * d for d in range(1, 8)], np.int64)
 
 
 @jit
@@ -54,21 +70,30 @@ def _literals(src: Bytes, i: int, dst: Bytes, o: int, count: int, room: int) -> 
 
 
 @jit
+def _spelled(dst: Bytes, o: int, distance: int) -> tuple[np.uint64, int]:
+    """The last `distance` < 8 bytes repeated in one word, and how many bytes of it are whole repeats (5 or more)."""
+    return (word_at(dst, o - distance) & _PATTERN[distance]) * _TIMES[distance], _STRIDE[distance]
+
+
+@jit
 def _match(dst: Bytes, o: int, distance: int, count: int, room: int) -> None:
     """Repeat what was written `distance` bytes ago; source and target may overlap."""
     if count + SLACK > room - o:
         for k in range(o, o + count):
             dst[np.uintp(k)] = dst[np.uintp(k - distance)]
     elif distance >= 16:
-        for k in range(o, o + count, 16):
-            copy16(dst, k, dst, k - distance)
+        for k in range(0, count, 16):
+            copy16(dst, o + k, dst, o + k - distance)
+    elif distance >= 8:
+        for k in range(0, count, 8):
+            put_word(dst, o + k, word_at(dst, o + k - distance))
     else:
-        # a pattern shorter than a vector: spell it out once, then copy from a whole number of patterns ago
-        for k in range(o, o + 16):
-            dst[np.uintp(k)] = dst[np.uintp(k - distance)]
-        whole = 16 - 16 % distance
-        for k in range(o + whole, o + count, whole):
-            copy16(dst, k, dst, k - whole)
+        word, stride = _spelled(dst, o, distance)
+        stop = o + count
+        # no range(): its length would cost a division
+        while o < stop:
+            put_word(dst, o, word)
+            o += stride
 
 
 @jit
@@ -85,10 +110,18 @@ def lz4_block(src: Bytes, i: int, end: int, dst: Bytes, start: int, stop: int) -
     o, room = start, dst.size
     while i < end:
         token = byte_at(src, i)
-        i, count = _length(src, i + 1, end, token >> 4)
-        if i < 0 or count > end - i or count > stop - o:
-            return BAD_BLOCK
-        _literals(src, i, dst, o, count, room)
+        i += 1
+        count = token >> 4
+        if count < 15 and src.size - i >= 16 and room - o >= 16:
+            # most stretches are short: one copy of 16 bytes, however many are meant
+            copy16(dst, o, src, i)
+            if count > end - i or count > stop - o:
+                return BAD_BLOCK
+        else:
+            i, count = _length(src, i, end, count)
+            if i < 0 or count > end - i or count > stop - o:
+                return BAD_BLOCK
+            _literals(src, i, dst, o, count, room)
         i += count
         o += count
         if i == end:
@@ -96,11 +129,25 @@ def lz4_block(src: Bytes, i: int, end: int, dst: Bytes, start: int, stop: int) -
         if end - i < 2:
             return BAD_BLOCK
         distance = byte_at(src, i) | byte_at(src, i + 1) << 8
-        i, count = _length(src, i + 2, end, token & 15)
+        i, count = i + 2, token & 15
+        if count == 15:
+            i, count = _length(src, i, end, count)
         count += 4
         if i < 0 or distance == 0 or distance > o - start or count > stop - o:
             return BAD_BLOCK
-        _match(dst, o, distance, count, room)
+        if count > 18 or room - o < SLACK:
+            _match(dst, o, distance, count, room)
+        elif distance >= 16:
+            copy16(dst, o, dst, o - distance)
+            copy16(dst, o + 16, dst, o + 16 - distance)
+        elif distance >= 8:
+            for k in (0, 8, 16):
+                put_word(dst, o + k, word_at(dst, o + k - distance))
+        else:
+            word, stride = _spelled(dst, o, distance)
+            put_word(dst, o, word)
+            put_word(dst, o + stride, word)
+            put_word(dst, o + 2 * stride, word)
         o += count
     return BAD_BLOCK
 
@@ -232,33 +279,3 @@ def unbitshuffle(raw: Bytes, out: Bytes, size: int, block: int) -> int:
         o += count
     out[o:] = raw[o:]
     return 0
-
-
-@jit
-def _lz4_blocks(raw: Bytes, out: Bytes, block: int) -> int:
-    """All blocks of a chunk whose header is right; the code of `lz4_blocks`."""
-    i, o, end = 12, 0, raw.size
-    while o < out.size:
-        count = min(block, out.size - o)
-        if end - i < 4:
-            return TOO_SHORT
-        length = _length_at(raw, i)
-        i += 4
-        if length > end - i:
-            return TOO_SHORT
-        if length == count:
-            _literals(raw, i, out, o, count, out.size)
-        elif lz4_block(raw, i, i + length, out, o, o + count):
-            return BAD_BLOCK
-        i += length
-        o += count
-    return 0 if i == end else TOO_LONG
-
-
-def lz4_blocks(raw: Bytes, out: Bytes) -> int:
-    """Undo the HDF5 lz4 filter (32004): u64 bytes in all, u32 bytes of a block, then u32 length and LZ4 block each.
-
-    A block that LZ4 couldn't make smaller is stored as it is. Returns 0 or a negative code of `REASONS`.
-    """
-    block = frame_header(raw, out.size, 1)
-    return block if block < 0 else int(_lz4_blocks(raw, out, block))

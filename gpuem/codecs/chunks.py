@@ -135,34 +135,56 @@ def _bitshuffle(raw: Bytes, out: Bytes, itemsize: int, block: int = 0, compressi
 
 
 def _bitshuffle_zstd(raw: Bytes, out: Bytes, itemsize: int) -> Bytes:
-    """Bitshuffle whose blocks are zstd frames, framed as those of LZ4 are."""
-    from gpuem.codecs import bitshuffle, planes
+    """Bitshuffle whose blocks are zstd frames."""
+    from gpuem.codecs import planes
 
-    group = 8 * itemsize
-    block = bitshuffle.frame_header(raw, out.size, group)
-    if block < 0:
-        return _checked(block, out)
-    i, o, zstd = 12, 0, _imagecodecs("zstd")
-    scratch = np.empty(min(block, out.size), np.uint8)
+    zstd = _imagecodecs("zstd")
+
+    def block(part: Bytes, target: Bytes) -> int:
+        shuffled = zstd(part, np.empty(target.size, np.uint8))
+        if shuffled.size == target.size:
+            planes.unshuffle_bits(shuffled, 0, target.size, target, 0, itemsize)
+        return shuffled.size
+
+    return _framed(raw, out, 8 * itemsize, block)
+
+
+def _lz4(raw: Bytes, out: Bytes, *parameters: int) -> Bytes:
+    """The HDF5 lz4 filter: a block that LZ4 couldn't make smaller is stored as it is."""
+    lz4 = _imagecodecs("lz4", header=False)
+
+    def block(part: Bytes, target: Bytes) -> int:
+        if part.size == target.size:
+            target[:] = part
+            return part.size
+        return lz4(part, target).size
+
+    return _framed(raw, out, 1, block)
+
+
+def _framed(raw: Bytes, out: Bytes, group: int, block: Callable[[Bytes, Bytes], int]) -> Bytes:
+    """Blocks behind a header (u64 bytes in all, u32 bytes of a block) and u32 lengths, all big-endian.
+
+    `block` decodes one and returns how many bytes it gave. All but the last have the same size; the last ends with a
+    whole `group` of bytes, and what remains follows as it is.
+    """
+    from gpuem.codecs import bitshuffle
+
+    size = bitshuffle.frame_header(raw, out.size, group)
+    _checked(size, out)
+    i, o = 12, 0
     while out.size - o >= group:
-        count = min(block, (out.size - o) // group * group)
+        count = min(size, (out.size - o) // group * group)
         stop = i + 4 + int.from_bytes(raw[i : i + 4].tobytes(), "big")
         if stop > raw.size or i + 4 > raw.size:
             return _checked(bitshuffle.TOO_SHORT, out)
-        if zstd(raw[i + 4 : stop], scratch[:count]).size != count:
+        if block(raw[i + 4 : stop], out[o : o + count]) != count:
             return _checked(bitshuffle.BAD_BLOCK, out)
-        planes.unshuffle_bits(scratch, 0, count, out, o, itemsize)
         i, o = stop, o + count
     if raw.size - i != out.size - o:
         return _checked(bitshuffle.TOO_SHORT if raw.size - i < out.size - o else bitshuffle.TOO_LONG, out)
     out[o:] = raw[i:]
     return out
-
-
-def _lz4(raw: Bytes, out: Bytes, *parameters: int) -> Bytes:
-    from gpuem.codecs import bitshuffle
-
-    return _checked(bitshuffle.lz4_blocks(raw, out), out)
 
 
 def _shuffle(raw: Bytes, out: Bytes, itemsize: int) -> Bytes:

@@ -57,6 +57,17 @@ def word_at(typing: Any, source: Any, index: Any) -> Any:
 
 
 @_intrinsic
+def put_word(typing: Any, target: Any, index: Any, value: Any) -> Any:
+    """Write eight bytes at any address."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[2], _pointer(context, builder, signature.args[0], args[0], args[1], _WORD), align=1)
+        return context.get_dummy_value()
+
+    return types.void(target, types.int64, types.uint64), build
+
+
+@_intrinsic
 def copy16(typing: Any, target: Any, at: Any, source: Any, index: Any) -> Any:
     """Copy 16 bytes, all read before any is written."""
 

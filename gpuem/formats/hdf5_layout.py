@@ -224,7 +224,7 @@ def _virtual(dset: Any, files: Files, *, fit: bool) -> list[Piece] | None:
             ):
                 return None
             for piece in describe(source, files, fit=fit):
-                part = cut(piece, there[0], sum(there), source.shape[:-2])
+                part = cut(piece, there[0], sum(there))
                 if part is None:
                     return None
                 pieces += [replace(part, start=part.start - there[0] + here[0])] if part.frames else []
@@ -237,17 +237,15 @@ def _range(space: Any, shape: tuple[int, ...]) -> tuple[int, int] | None:
     """First frame and number of frames of a selection; None unless it is whole frames one after another."""
     import h5py
 
-    # HDF5 stores of a source's shape only what the selection needs, so `shape` is the dataset's own
-    if len(space.shape) != len(shape):
+    if space.get_select_type() == h5py.h5s.SEL_ALL:
+        return 0, math.prod(shape[:-2])
+    if space.get_select_type() != h5py.h5s.SEL_HYPERSLABS or not space.is_regular_hyperslab():
         return None
-    start, extent = (0,) * len(shape), list(space.shape)
-    if space.get_select_type() != h5py.h5s.SEL_ALL:
-        if space.get_select_type() != h5py.h5s.SEL_HYPERSLABS or not space.is_regular_hyperslab():
-            return None
-        start, stride, count, block = space.get_regular_hyperslab()
-        if any(c > 1 and s != b for s, c, b in zip(stride, count, block, strict=True)):
-            return None
-        extent = [c * b for c, b in zip(count, block, strict=True)]
+    # HDF5 stores of a source's shape only what the selection needs, so `shape` is the dataset's own
+    start, stride, count, block = space.get_regular_hyperslab()
+    if len(start) != len(shape) or any(c > 1 and s != b for s, c, b in zip(stride, count, block, strict=True)):
+        return None
+    extent = [c * b for c, b in zip(count, block, strict=True)]
     if any(s + e > n for s, e, n in zip(start, extent, shape, strict=True)):
         return None
     # behind the first axis that isn't a single index, every axis must be taken whole
@@ -259,7 +257,7 @@ def _range(space: Any, shape: tuple[int, ...]) -> tuple[int, int] | None:
     return at, math.prod(extent[:-2])
 
 
-def cut(piece: Piece, first: int, stop: int, nav: tuple[int, ...]) -> Piece | None:
+def cut(piece: Piece, first: int, stop: int) -> Piece | None:
     """The frames of `piece` within ``[first, stop)``, counted as its `start` is; None where chunks would be cut."""
     low, high = max(first, piece.start), min(stop, piece.start + piece.frames)
     if high <= low:

@@ -55,21 +55,9 @@ def read_header(
     frame_bytes = math.prod(frame) * stored.itemsize
     stride = header + frame_bytes + footer
     files = tuple(File.of(path) for path in paths)
-    counts, notes = [], []
-    for file in files:
-        whole, rest = divmod(max(file.size - offset, 0), stride)
-        # the last frame is whole without its footer
-        if rest >= header + frame_bytes:
-            whole, rest = whole + 1, 0
-        if rest or file.size < offset:
-            message = (
-                f"{file.path}: {file.size} bytes hold {whole} whole frames of {frame[0]}x{frame[1]} {stored.name} "
-                f"after an offset of {offset}, and {rest} bytes more"
-            )
-            if not fit:
-                raise TruncatedError(f"{message}; check frame, dtype and offset, or set fit = true to go on", whole)
-            notes.append(message)
-        counts.append(whole)
+    what = f"{frame[0]}x{frame[1]} {stored.name}"
+    counted = [_whole_frames(file, what, offset, stride, header + frame_bytes, fit) for file in files]
+    counts, notes = [count for count, _ in counted], [note for _, note in counted if note]
     if sum(counts) == 0:
         raise InputError(f"{paths[0]}: {files[0].size} bytes, not one whole frame of {frame_bytes} bytes")
     frames = np.array(counts, np.int64)
@@ -83,6 +71,20 @@ def read_header(
     total = int(frames.sum())
     piece = Piece(0, (total,), layout, stored)
     return Source("raw", files, (piece,), total, frame, native_type(stored), (total,), notes=tuple(notes))
+
+
+def _whole_frames(file: File, what: str, offset: int, stride: int, needed: int, fit: bool) -> tuple[int, str]:
+    """Number of whole frames in a file, and a note where something is left over."""
+    whole, rest = divmod(max(file.size - offset, 0), stride)
+    # the last frame is whole without its footer
+    if rest >= needed:
+        whole, rest = whole + 1, 0
+    if rest == 0 and file.size >= offset:
+        return whole, ""
+    message = f"{file.path}: {file.size} bytes hold {whole} whole frames of {what} after {offset} bytes, and {rest} bytes more"
+    if not fit:
+        raise TruncatedError(f"{message}; check frame, dtype and offset, or set fit = true to go on", whole)
+    return whole, message
 
 
 def pixel_type(name: str) -> np.dtype[np.generic]:

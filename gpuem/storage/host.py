@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from types import TracebackType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,11 +34,13 @@ class Files:
         self._lock = threading.Lock()
         self.one_at_a_time = threading.Lock()
 
-    def __enter__(self) -> Files:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __del__(self) -> None:
         self.close()
+
+    def check(self) -> None:
+        """Raise InputError where a file is gone or changed since its header was read."""
+        for file in self._files:
+            _refuse_changed(file, file.path.stat() if file.path.exists() else None)
 
     def view(self, k: int) -> NDArray[np.uint8]:
         """All bytes of file `k`, mapped read-only: nothing is read before it is touched.
@@ -112,10 +113,15 @@ class Files:
             except OSError as error:
                 raise InputError(f"{file.path}: {error.strerror}") from error
             self._descriptors[k] = descriptor
-            now = os.fstat(descriptor)
-            if (now.st_size, now.st_mtime_ns) != (file.size, file.mtime_ns):
-                raise InputError(
-                    f"{file.path}: changed since it was opened ({file.size} bytes then, {now.st_size} now); "
-                    "wait until it is written completely and open it again"
-                )
+            _refuse_changed(file, os.fstat(descriptor))
         return self._descriptors[k]
+
+
+def _refuse_changed(file: File, now: os.stat_result | None) -> None:
+    if now is None:
+        raise InputError(f"{file.path}: is gone since it was opened")
+    if (now.st_size, now.st_mtime_ns) != (file.size, file.mtime_ns):
+        raise InputError(
+            f"{file.path}: changed since it was opened ({file.size} bytes then, {now.st_size} now); "
+            "wait until it is written completely and open it again"
+        )
