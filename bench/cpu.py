@@ -129,7 +129,16 @@ def h5py_three(path):
 
 
 def peer(python, path, format_, scan, repeats, which):
-    command = [python, str(HERE / "peer_libertem.py"), str(path), format_, str(scan[0]), str(scan[1]), str(repeats), ",".join(which)]
+    command = [
+        python,
+        str(HERE / "peer_libertem.py"),
+        str(path),
+        format_,
+        str(scan[0]),
+        str(scan[1]),
+        str(repeats),
+        ",".join(which),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line[4:] for line in done.stdout.splitlines() if line.startswith("JSON")]
     if not lines:
@@ -200,8 +209,12 @@ def bench_hdf5(record, folder, frames, repeats):
 
 
 def machine():
-    model = next((s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s), "?")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
+    model = next(
+        (s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s), "?"
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
+    ).stdout.strip()
     return {
         "cpu": model, "processors": len(os.sched_getaffinity(0)), "python": platform.python_version(),
         "numba": numba.__version__, "numpy": np.__version__, "commit": commit, "date": time.strftime("%Y-%m-%d"),

@@ -58,8 +58,10 @@ def main(path, format_, scan, repeats, which):
                     start = time.perf_counter()
                     result = ctx.run_udf(dataset=ds, udf=make())
                     best = min(best, time.perf_counter() - start)
-                check = [float(np.asarray(next(iter(r.values())).data, dtype=np.float64).sum())
-                         for r in (result if isinstance(result, (list, tuple)) and not hasattr(result, "keys") else [result])]
+                check = [
+                    float(np.asarray(next(iter(r.values())).data, dtype=np.float64).sum())
+                    for r in (result if isinstance(result, (list, tuple)) and not hasattr(result, "keys") else [result])
+                ]
                 times[name] = {"seconds": best, "check": check}
             found[executor] = times
     print("JSON" + json.dumps(found))

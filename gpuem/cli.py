@@ -80,7 +80,9 @@ def check(recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file."
     stored = sum(f.size for f in ds.source.files)
     out.print(f"to read          {stored * wanted / ds.positions / 1e9:,.3f} GB of files")
     slow, fast = ds.source.nbytes * wanted / ds.positions / 2e9, ds.source.nbytes * wanted / ds.positions / 2e8
-    out.print(f"estimated time   {_duration(slow)} from memory (2 GB/s per run) to {_duration(fast)} from a disk of 200 MB/s")
+    out.print(
+        f"estimated time   {_duration(slow)} from memory (2 GB/s per run) to {_duration(fast)} from a disk of 200 MB/s"
+    )
     state = "free to write"
     try:
         results.check_writable(loaded.output.path, overwrite=False)
@@ -104,7 +106,9 @@ def info(path: Annotated[Path, typer.Argument(help="A detector file, or a result
         out.print(f"{escape(str(path))}: raw, {path.stat().st_size:,} bytes" if path.exists() else "")
     source = read_header((path,), fit=True) if find_format(path) != "raw" else None
     if source is None:
-        out.print('A raw file says nothing of itself; give scan, frame and dtype in a recipe: frame = [256, 256], dtype = "uint16"')
+        out.print(
+            'A raw file says nothing of itself; a recipe must: scan = [256, 256], frame = [256, 256], dtype = "uint16"'
+        )
         return
     from gpuem.dataset import arrange
 
@@ -124,7 +128,9 @@ def devices() -> None:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+        ]
         model = names[0] if names else model
     out.print(f"cpu    {escape(model)}, {cpus()} processors for this process")
     out.print("cuda   not supported by this version of gpuem")
@@ -191,8 +197,9 @@ class _progress:  # noqa: N801
 
         self.frame_nbytes = ds.source.frame_nbytes
         self.bar = Progress(
-            TextColumn("reading"), BarColumn(), TextColumn("{task.percentage:3.0f} %"), TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal,
+            TextColumn("reading"), BarColumn(), TextColumn("{task.percentage:3.0f} %"),
+            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
+            console=err, transient=True, disable=not err.is_terminal,
         )  # fmt: skip
         self.task = self.bar.add_task("frames", total=ds.source.frames, rate="")
 

@@ -135,7 +135,7 @@ def open(  # noqa: A001
     skip: int = 0,
     fit: bool = False,
     calibration: Mapping[str, Any] | None = None,
-    format: str | None = None,
+    format: str | None = None,  # noqa: A002
     **options: Any,
 ) -> Dataset:
     """Open detector data; only headers are read.
@@ -176,7 +176,9 @@ def open(  # noqa: A001
         raise RecipeError("path: no file is given")
     options = {key: value for key, value in options.items() if value is not None}
     paths = tuple(Path(p).expanduser() for p in many)
-    return arrange(read_header(paths, format, **({"fit": True} if fit else {}), **options), scan, skip, fit, calibration)
+    return arrange(
+        read_header(paths, format, **({"fit": True} if fit else {}), **options), scan, skip, fit, calibration
+    )
 
 
 def of_array(data: Any) -> Dataset:
@@ -211,7 +213,8 @@ def arrange(
         less = there < positions
         message = (
             f"{name}: {source.frames} frames{f', {skip} of them skipped,' if skip else ''} for a scan of "
-            f"{' x '.join(map(str, shape))} = {positions} positions, {abs(there - positions)} too {'few' if less else 'many'}"
+            f"{' x '.join(map(str, shape))} = {positions} positions, "
+            f"{abs(there - positions)} too {'few' if less else 'many'}"
         )
         if not fit:
             remedy = "mask the positions without a frame" if less else "leave out the frames beyond the scan"
@@ -223,7 +226,9 @@ def arrange(
     detector = source.detector or detector_axes(source.frame_shape)
     for key in calibration or {}:
         if key not in ("scan_step", "scan_unit", "detector_step", "detector_unit"):
-            raise RecipeError(f"calibration: {key!r} is unknown; known: scan_step, scan_unit, detector_step, detector_unit")
+            raise RecipeError(
+                f"calibration: {key!r} is unknown; known: scan_step, scan_unit, detector_step, detector_unit"
+            )
     given = dict(calibration or {})
     if given.get("scan_step") is not None:
         axes = calibrate(axes, _steps(given["scan_step"]), given.get("scan_unit") or "nm")

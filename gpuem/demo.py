@@ -107,7 +107,8 @@ def compare(results: Results) -> list[tuple[str, str, str, bool]]:
     total = int(results["sum/sum"].data.sum())
     counted = float(results["com/counts"].data.sum())
     return [
-        ("frames read", f"{SCAN[0] * SCAN[1]}", f"{int(results['valid'].data.sum())}", bool(results["valid"].data.all())),
+        ("frames read", f"{SCAN[0] * SCAN[1]}", f"{int(results['valid'].data.sum())}",
+         bool(results["valid"].data.all())),
         ("deflection, RMS error (px)", f"< {expected}", f"{error:.3f}", error < expected),
         ("largest deflection (px)", f"{np.hypot(*np.moveaxis(descan, -1, 0)).max():.2f}",
          f"{np.nanmax(results['com/magnitude'].data):.2f}",

@@ -177,7 +177,9 @@ def region(ds: Dataset, roi: Roi) -> NDArray[np.bool_]:
             raise RecipeError(f"roi {roi}: can't be read: {error}; write a boolean array with numpy.save") from error
     if isinstance(roi, np.ndarray) and roi.ndim == len(shape) and roi.shape != (4,):
         if roi.shape != shape or not np.isin(roi, (0, 1)).all():
-            raise RecipeError(f"roi: a mask of shape {roi.shape} and type {roi.dtype}; needed: booleans of shape {shape}")
+            raise RecipeError(
+                f"roi: a mask of shape {roi.shape} and type {roi.dtype}; needed: booleans of shape {shape}"
+            )
         mask = roi.astype(np.bool_)
     else:
         edges = [int(v) for v in np.ravel(np.asarray(roi))]

@@ -119,7 +119,9 @@ def check_names(names: list[str]) -> None:
     """Raise RecipeError unless the analyses' names differ."""
     for name in names:
         if names.count(name) > 1:
-            raise RecipeError(f'analysis name "{name}" is used {names.count(name)} times; give each its own name = "..."')
+            raise RecipeError(
+                f'analysis name "{name}" is used {names.count(name)} times; give each its own name = "..."'
+            )
 
 
 def parse_memory(value: str | int) -> int:
@@ -176,9 +178,16 @@ def _reason(error: Any) -> str:
         near = get_close_matches(str(loc[-1]), known, 1, 0.5)
         return "unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
     if kind == "union_tag_invalid":
-        tag, known = error["ctx"]["tag"], [str(a.model_fields["kind"].default) for a in (Sum, VirtualDetector, CenterOfMass)]
+        tag, known = (
+            error["ctx"]["tag"],
+            [str(a.model_fields["kind"].default) for a in (Sum, VirtualDetector, CenterOfMass)],
+        )
         near = get_close_matches(str(tag), known, 1, 0.4)
-        return f"kind {tag!r} is unknown" + (f"; did you mean {near[0]!r}?" if near else "") + f" (kinds: {', '.join(known)})"
+        return (
+            f"kind {tag!r} is unknown"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+            + f" (kinds: {', '.join(known)})"
+        )
     if kind == "union_tag_not_found":
         return 'kind = "..." is missing'
     if kind == "missing":
@@ -193,5 +202,5 @@ def _known(loc: tuple[Any, ...]) -> list[str]:
     if loc[0] == "analysis":
         models = {str(a.model_fields["kind"].default): a for a in (Sum, VirtualDetector, CenterOfMass)}
         return list(models[loc[2]].model_fields)
-    section = {"input": Input, "calibration": Calibration, "run": Run, "output": Output}[loc[0]]
-    return list(section.model_fields)
+    sections: dict[str, type[BaseModel]] = {"input": Input, "calibration": Calibration, "run": Run, "output": Output}
+    return list(sections[loc[0]].model_fields)

@@ -127,10 +127,9 @@ def load_results(path: str | os.PathLike[str]) -> Results:
     folder = Path(path)
     if not is_result(folder):
         raise InputError(f"{folder}: not a gpuem result (a folder written by gpuem run or Results.save)")
-    root = zarr.open_group(folder, mode="r")
+    root: Any = zarr.open_group(folder, mode="r")
     maps: dict[str, Map] = {}
     for name in root.attrs[_MARK]["maps"]:
-        group, _, last = name.rpartition("/")
         array = root[_array_path(name)]
         attributes = dict(array.attrs)
         axes = tuple(Axis(**axis) for axis in attributes.pop("axes"))
@@ -155,7 +154,9 @@ def _write(results: Results, folder: Path) -> None:
         attributes = {
             "units": item.units,
             "long_name": item.description,
-            "axes": [{"name": a.name, "size": a.size, "step": a.step, "unit": a.unit, "origin": a.origin} for a in item.axes],
+            "axes": [
+                {"name": a.name, "size": a.size, "step": a.step, "unit": a.unit, "origin": a.origin} for a in item.axes
+            ],
             **item.attributes,
         }
         _add(root, path, np.asarray(item.data), [a.name for a in item.axes], attributes)

@@ -169,9 +169,9 @@ def box(piece: Piece, tile: tuple[int, ...], number: int) -> tuple[slice, ...]:
 def tile_of(piece: Piece, tile: tuple[int, ...], indices: NDArray[np.int64]) -> NDArray[np.int64]:
     """Number of the tile that holds each frame, given by flat indices in file order."""
     index = np.unravel_index(indices - piece.start, nav_shape(piece))
-    return np.ravel_multi_index(
-        tuple(i // t for i, t in zip(index, tile, strict=True)), grid(piece, tile)
-    ).astype(np.int64)
+    return np.ravel_multi_index(tuple(i // t for i, t in zip(index, tile, strict=True)), grid(piece, tile)).astype(
+        np.int64
+    )
 
 
 def frames_of(piece: Piece, where: Sequence[slice]) -> NDArray[np.int64]:

@@ -81,7 +81,7 @@ def test_devices_and_version():
 )
 def test_errors_are_one_message_and_exit_code_2(recipe, arguments, message):
     with open("bad.toml", "w") as stream:
-        stream.write(RECIPE.replace("path = \"data.npy\"", "pth = 'data.npy'"))
+        stream.write(RECIPE.replace('path = "data.npy"', "pth = 'data.npy'"))
     _, err = gpuem_command(*arguments, code=2)
     assert message in err
     assert err.startswith("error:")
@@ -107,7 +107,9 @@ def test_ctrl_c_stops_soon_and_leaves_nothing(recipe):
         stream.truncate(40 << 30)
     with open("recipe.toml", "w") as stream:
         stream.write(RECIPE.replace('"data.npy"', '"big.raw"\nframe = [256, 256]\ndtype = "<u2"'))
-    process = subprocess.Popen([sys.executable, "-m", "gpuem.cli", "run", "recipe.toml"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gpuem.cli", "run", "recipe.toml"], stderr=subprocess.PIPE, text=True
+    )
     time.sleep(4)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

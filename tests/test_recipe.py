@@ -52,7 +52,9 @@ def test_a_recipe_runs_and_its_paths_count_from_its_folder(folder, monkeypatch):
 
 def test_every_mistake_at_once_with_place_and_nearest_word(folder):
     text = GOOD.replace("inner = 1.0", "inner = -1.0\ncentre = [3, 4]").replace('kind = "com"', 'kind = "comm"')
-    message = refused(text.replace("[output]", "[outptu]").replace("path = \"data.npy\"", "path = 'data.npy'\nscam = [2, 2]"), folder)
+    message = refused(
+        text.replace("[output]", "[outptu]").replace('path = "data.npy"', "path = 'data.npy'\nscam = [2, 2]"), folder
+    )
     assert "bad.toml: 6 mistakes" in message
     assert "[[analysis]] 1 (virtual), centre: unknown key; did you mean 'center'?" in message
     assert "[[analysis]] 1 (virtual), inner: Input should be greater than or equal to 0 (found -1.0)" in message
@@ -71,8 +73,8 @@ def test_every_mistake_at_once_with_place_and_nearest_word(folder):
         ('kind = "com"', 'kind = "com"\nname = "adf"', '"adf" is used 2 times'),
         ("[input]", "[input", "not TOML"),
         ('path = "data.npy"', "", "[input] path: is missing"),
-        ('[output]', '[run]\ndevice = "gpu"\n[output]', "'auto', 'cuda' or 'cpu'"),
-        ('[output]', '[run]\nthreads = 0\n[output]', "greater than or equal to 1"),
+        ("[output]", '[run]\ndevice = "gpu"\n[output]', "'auto', 'cuda' or 'cpu'"),
+        ("[output]", "[run]\nthreads = 0\n[output]", "greater than or equal to 1"),
     ],
 )
 def test_mistakes(folder, old, new, message):
@@ -141,7 +143,8 @@ previews = false
 
 
 @pytest.mark.parametrize(
-    ("text", "nbytes"), [(5, 5), ("5", 5), ("4 GB", 4 * 10**9), ("1.5GiB", 3 << 29), ("500 mb", 5 * 10**8), ("2 KiB", 2048)]
+    ("text", "nbytes"),
+    [(5, 5), ("5", 5), ("4 GB", 4 * 10**9), ("1.5GiB", 3 << 29), ("500 mb", 5 * 10**8), ("2 KiB", 2048)],
 )
 def test_memory_sizes(text, nbytes):
     assert recipe.parse_memory(text) == nbytes

@@ -20,7 +20,9 @@ def found():
     np.save("data.npy", reference.planted((6, 7, 8, 9), "u2"))
     calibration = {"scan_step": 0.5, "scan_unit": "nm", "detector_step": 2.0, "detector_unit": "mrad"}
     ds = gpuem.open("data.npy", calibration=calibration)
-    return gpuem.run(ds, [gpuem.Sum(), gpuem.VirtualDetector(name="adf", outer=3), gpuem.CenterOfMass()], roi=(0, 6, 0, 5))
+    return gpuem.run(
+        ds, [gpuem.Sum(), gpuem.VirtualDetector(name="adf", outer=3), gpuem.CenterOfMass()], roi=(0, 6, 0, 5)
+    )
 
 
 def test_what_is_saved_is_what_is_loaded(found):
@@ -122,8 +124,9 @@ def test_names(found):
 
 
 def test_pictures(found):
-    from matplotlib.image import imread
     from pathlib import Path
+
+    from matplotlib.image import imread
 
     paths = plot.save_previews(found, Path("pictures"))
     assert [p.name for p in paths] == ["sum.png", "adf.png", "com.png"]

@@ -83,7 +83,9 @@ def test_many_weight_images_do_not_mix(data):
     chosen = [gpuem.VirtualDetector(name=f"w{k}", shape="mask", mask=m) for k, m in enumerate(images)]
     found = gpuem.run(data.astype("f8"), chosen)
     for k, image in enumerate(images):
-        assert np.allclose(found[f"w{k}"].data.ravel(), reference.image_sums(data.reshape(-1, *FRAME), image), rtol=1e-9)
+        assert np.allclose(
+            found[f"w{k}"].data.ravel(), reference.image_sums(data.reshape(-1, *FRAME), image), rtol=1e-9
+        )
 
 
 def test_mrad_needs_and_uses_the_calibration(data):

@@ -21,7 +21,7 @@ Regression = tuple[tuple[float, float], tuple[float, float], tuple[float, float]
 class CenterOfMass(Model):
     """Centre of mass of every frame: where the beam is deflected to.
 
-    Maps of scan shape: ``y``, ``x`` (px from the corner of the detector), ``shift_y``, ``shift_x`` (px from the centre),
+    Maps of scan shape: ``y``, ``x`` (px from the corner of the detector), ``shift_y``, ``shift_x`` (from the centre),
     ``field_y``, ``field_x`` (the shift after flip, rotation and descan correction), ``magnitude``, ``divergence``,
     ``curl`` (of the field, per scan pixel; only for 2-D scans of at least 2x2), ``counts`` (inside the mask) and
     ``valid``. A frame without counts has shift 0 and is not valid; a position without a frame is NaN and not valid.
@@ -128,9 +128,7 @@ class CenterOfMass(Model):
             "curl": Map(curl, view.scan, "px/px", "curl dFy/dx - dFx/dy of the deflection, per scan pixel"),
         }
 
-    def _orientation(
-        self, view: View, shift: NDArray[np.float64], fitted: NDArray[np.bool_]
-    ) -> tuple[bool, float]:
+    def _orientation(self, view: View, shift: NDArray[np.float64], fitted: NDArray[np.bool_]) -> tuple[bool, float]:
         """Flip and rotation in degrees, found where they are "auto"."""
         if self.rotation != "auto" and self.flip != "auto":
             return self.flip, self.rotation
@@ -145,14 +143,14 @@ class CenterOfMass(Model):
     def _plane(self, view: View, vectors: NDArray[np.float64], fitted: NDArray[np.bool_]) -> NDArray[np.float64]:
         if isinstance(self.descan, tuple):
             return np.array(self.descan)
-        plane = np.zeros((3, 2))
+        plane: NDArray[np.float64] = np.zeros((3, 2))
         if self.descan == "mean" and fitted.any():
             plane[0] = vectors[fitted].mean(axis=0)
         if self.descan == "plane":
             design = _design(view)[fitted]
             if np.linalg.matrix_rank(design) < 3:
                 raise RecipeError(f'{self.name}: descan = "plane" needs frames with counts that don\'t lie on one line')
-            plane = np.linalg.lstsq(design, vectors[fitted], rcond=None)[0]
+            plane = np.asarray(np.linalg.lstsq(design, vectors[fitted], rcond=None)[0])
         return plane
 
 
@@ -167,7 +165,7 @@ def divergence_and_curl(vectors: NDArray[np.float64]) -> tuple[NDArray[np.float6
     """Divergence and curl dFy/dx - dFx/dy of a field (y, x, 2), central differences, one-sided at the edges."""
     y_y, y_x = np.gradient(vectors[..., 0])
     x_y, x_x = np.gradient(vectors[..., 1])
-    return y_y + x_x, y_x - x_y
+    return np.asarray(y_y + x_x), np.asarray(y_x - x_y)
 
 
 def guess_rotation(

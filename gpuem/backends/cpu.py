@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from gpuem.backends import Frames, Sums, Weights
 from gpuem.backends import cpu_kernels as kernels
 from gpuem.backends.cpu_load import load
+from gpuem.backends.cpu_vectors import LANES, PITCH
 from gpuem.errors import DataError
 
 __all__ = ["NAME", "Prepared", "add_frames", "finite", "load", "new_sums", "prepare"]
@@ -20,7 +21,7 @@ NAME = "cpu"
 # the second-level cache of current processors holds 1 to 2 MiB per core
 BLOCK_NBYTES = 1 << 20
 # groups of LANES pixels whose sum fits into 32 bits for 16-bit pixels, signed or not
-SECTION = (1 << 15) // kernels.LANES
+SECTION = (1 << 15) // LANES
 # 32-bit totals hold this many frames of 16-bit pixels, signed or not
 NARROW_FRAMES = 1 << 15
 
@@ -64,7 +65,7 @@ def prepare(weights: Weights, shape: tuple[int, int], dtype: np.dtype[Any]) -> P
         weights,
         shape,
         dtype,
-        np.zeros(8 * kernels.PITCH, narrow),
+        np.zeros(8 * PITCH, narrow),
         wide,
         _mask_tables(weights.masks, shape),
         np.array([k for k, mask in enumerate(weights.moments) if mask is None], np.int64),
@@ -164,21 +165,23 @@ def _spans(masks: list[tuple[int, NDArray[np.bool_]]], shape: tuple[int, int], l
         edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
         firsts, ends = np.argwhere(edges == 1), np.argwhere(edges == -1)
         for (y, x), (_, end) in zip(firsts.tolist(), ends.tolist(), strict=True):
-            for cut in range(x, end, longest):
-                rows.append((y * width + cut, y * width + min(end, cut + longest), k, y, cut))
+            rows.extend(
+                (y * width + cut, y * width + min(end, cut + longest), k, y, cut) for cut in range(x, end, longest)
+            )
     # all masks of a row before the next row: the row is still in the first-level cache
     return np.array(sorted(rows), np.int64).reshape(-1, 5)
 
 
 def _mask_tables(masks: tuple[NDArray[np.bool_], ...], shape: tuple[int, int]) -> tuple[NDArray[Any], ...]:
     """Masks as groups of LANES pixels: runs of whole groups, and groups of which only some lanes count."""
-    lanes, size = kernels.LANES, math.prod(shape)
-    sections, groups, edges, chosen = [], [], [np.empty(0, np.int64)], [np.empty((0, lanes), np.uint8)]
+    lanes, size = LANES, math.prod(shape)
+    groups: list[tuple[int, int]] = []
+    sections, edges, chosen = [], [np.empty(0, np.int64)], [np.empty((0, lanes), np.uint8)]
     for k, mask in enumerate(masks):
         # the last group overlaps the one before it, whose lanes it leaves out
         positions = np.minimum(np.arange(0, size, lanes), max(size - lanes, 0))
         cells = np.zeros((positions.size, lanes), np.uint8)
-        cells.reshape(-1)[: size] = mask.reshape(-1)
+        cells.reshape(-1)[:size] = mask.reshape(-1)
         if size % lanes and size > lanes:
             cells[-1] = np.roll(cells[-1], lanes - size % lanes)
         for first in range(0, positions.size, SECTION):
@@ -186,7 +189,8 @@ def _mask_tables(masks: tuple[NDArray[np.bool_], ...], shape: tuple[int, int]) -
             whole = part.all(axis=1)
             some = np.flatnonzero(part.any(axis=1) & ~whole)
             turns = np.diff(np.pad(whole, 1).astype(np.int8))
-            runs = [(positions[first + a], b - a) for a, b in zip(np.flatnonzero(turns == 1), np.flatnonzero(turns == -1), strict=True)]
+            begins, ends = np.flatnonzero(turns == 1).tolist(), np.flatnonzero(turns == -1).tolist()
+            runs = [(int(positions[first + a]), b - a) for a, b in zip(begins, ends, strict=True)]
             done = sum(e.size for e in edges)
             sections.append((k, len(groups), len(groups) + len(runs), done, done + some.size))
             groups.extend(runs)

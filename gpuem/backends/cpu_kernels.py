@@ -79,14 +79,14 @@ def _band_of_four(pixels: Any, at: Any, area: Any, total: Any, maximum: Any, col
                 fetch(pixels, at[f] + row + r * width, n)
         for x in range(0, vectors, LANES):
             where = row + x
-            here = (at[0] + where, at[1] + where, at[2] + where, at[3] + where)
-            accumulate4(pixels, here, width, 4, total, maximum, where, columns, x)
+            places = (at[0] + where, at[1] + where, at[2] + where, at[3] + where, where, x)
+            accumulate4(pixels, places, width, 4, total, maximum, columns)
     for y in range(y0 + quads, y0 + m):
         row = y * width + x0
         for x in range(0, vectors, LANES):
             where = row + x
-            here = (at[0] + where, at[1] + where, at[2] + where, at[3] + where)
-            accumulate4(pixels, here, width, 1, total, maximum, where, columns, x)
+            places = (at[0] + where, at[1] + where, at[2] + where, at[3] + where, where, x)
+            accumulate4(pixels, places, width, 1, total, maximum, columns)
     if vectors < n:
         for f in range(4):
             rest = (x0 + vectors, n - vectors, y0, m, width)

@@ -1,8 +1,7 @@
-"""Tiles in host memory: plain native pixels are used where the file is mapped, everything else is decoded to scratch."""
+"""Tiles in host memory: plain native pixels are used where the file is mapped, all else is decoded to scratch."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +14,9 @@ from gpuem.backends import Block, Frames, Lost
 from gpuem.errors import DataError
 from gpuem.formats.source import Box, Chunks, Piece, Runs, Source, Strided
 from gpuem.storage.host import Files
+
+# reading over a small gap is cheaper than another read
+GAP_NBYTES = 1 << 16
 
 
 def load(source: Source, files: Files, piece: Piece, box: Box, keep: NDArray[np.bool_]) -> Iterator[Block | Lost]:
@@ -82,44 +84,89 @@ def _load_chunks(
     source: Source, files: Files, piece: Piece, chunks: Chunks, box: Box, keep: NDArray[np.bool_]
 ) -> tuple[NDArray[Any], list[Lost]]:
     """Decode all chunks of a tile that hold a wanted frame into one array (tile..., y, x)."""
-    extent = (*piece.nav, *source.frame_shape)
-    grid = tuple(-(-n // c) for n, c in zip(extent, chunks.shape, strict=True))
-    nav = len(piece.nav)
-    wanted = keep.reshape([s.stop - s.start for s in box])
-    pixels = np.empty((*wanted.shape, *source.frame_shape), source.dtype)
-    scratch = np.empty(chunks.shape, piece.stored)
-    lost: list[Lost] = []
+    nav, extent = len(piece.nav), (*piece.nav, *source.frame_shape)
     whole = (*box, slice(0, source.frame_shape[0]), slice(0, source.frame_shape[1]))
-    ranges = [range(s.start // c, -(-s.stop // c)) for s, c in zip(whole, chunks.shape, strict=True)]
-    for corner in itertools.product(*ranges):
-        stored = tuple(slice(k * c, min(k * c + c, n)) for k, c, n in zip(corner, chunks.shape, extent, strict=True))
-        place = tuple(slice(s.start - w.start, s.stop - w.start) for s, w in zip(stored, whole, strict=True))
-        if not wanted[place[:nav]].any():
-            continue
-        index = int(np.ravel_multi_index(corner, grid))
-        affected = tiles.frames_of(piece, stored[:nav])[wanted[place[:nav]].reshape(-1)]
-        if chunks.length[index] == 0:
+    first = [s.start // c for s, c in zip(whole, chunks.shape, strict=True)]
+    counts = [-(-s.stop // c) - f for s, c, f in zip(whole, chunks.shape, first, strict=True)]
+    corners = np.indices(counts).reshape(len(counts), -1) + np.reshape(first, (-1, 1))
+    index = np.ravel_multi_index(tuple(corners), [-(-n // c) for n, c in zip(extent, chunks.shape, strict=True)])
+    wanted = keep.reshape([s.stop - s.start for s in box])
+
+    def place(corner: NDArray[np.int64]) -> tuple[slice, ...]:
+        """The part of the tile that a chunk fills."""
+        return tuple(
+            slice(k * c - w.start, min(k * c + c, n) - w.start)
+            for k, c, n, w in zip(corner.tolist(), chunks.shape, extent, whole, strict=True)
+        )
+
+    if _chunks_follow_one_another(chunks.shape, counts, whole):
+        needed = wanted.reshape(index.size, -1).any(axis=1)
+    else:
+        needed = np.array([wanted[place(corner)[:nav]].any() for corner in corners.T])
+    written = chunks.length[index] > 0
+    decoded = np.empty((index.size, *chunks.shape), piece.stored)
+    broken = _decode(piece, chunks, files, index, needed & written, decoded)
+    lost = []
+    for k in np.flatnonzero(needed & ~written).tolist() + sorted(broken):
+        where = place(corners[:, k])
+        frames = [slice(s.start + b.start, s.stop + b.start) for s, b in zip(where[:nav], box, strict=True)]
+        affected = tiles.frames_of(piece, frames)[wanted[where[:nav]].reshape(-1)]
+        if k in broken:
+            lost.append(Lost(affected, broken[k]))
+        else:
             lost.append(Lost(affected, "chunk was never written", broken=False))
-            continue
-        # a chunk that is a whole frame, or several, is decoded where it belongs
-        target = pixels[place] if pixels[place].shape == chunks.shape and piece.stored == source.dtype else None
-        target = target if target is None or target.flags.c_contiguous else None
-        try:
-            chunk = _read_chunk(piece, chunks, files, index, scratch if target is None else target)
-        except DataError as error:
-            file = source.files[int(chunks.file[index])].path
-            lost.append(Lost(affected, f"{file}: chunk at byte {chunks.offset[index]}: {error}"))
-            continue
-        if target is None:
-            pixels[place] = chunk[tuple(slice(0, s.stop - s.start) for s in stored)]
+    if _chunks_follow_one_another(chunks.shape, counts, whole):
+        return decoded.astype(source.dtype, copy=False), lost
+    pixels = np.empty((*wanted.shape, *source.frame_shape), source.dtype)
+    for k in np.flatnonzero(needed & written).tolist():
+        where = place(corners[:, k])
+        pixels[where] = decoded[k][tuple(slice(0, s.stop - s.start) for s in where)]
     return pixels, lost
 
 
-def _read_chunk(piece: Piece, chunks: Chunks, files: Files, index: int, out: NDArray[Any]) -> NDArray[Any]:
-    """Read a chunk and decode it into `out`, an array of its shape."""
-    raw = files.read(int(chunks.file[index]), int(chunks.offset[index]), int(chunks.length[index]))
-    codecs.decode(piece.codec, int(chunks.skipped[index]), raw, out.nbytes, out=out.reshape(-1).view(np.uint8))
-    return out
+def _chunks_follow_one_another(chunk: tuple[int, ...], counts: list[int], whole: Box) -> bool:
+    """Whether chunks laid end to end are the tile: none hangs over, and before an axis that is cut all are 1 long."""
+    fits = all(n * c == s.stop - s.start for n, c, s in zip(counts, chunk, whole, strict=True))
+    return fits and all(n == 1 or all(c == 1 for c in chunk[:axis]) for axis, n in enumerate(counts))
+
+
+def _decode(
+    piece: Piece, chunks: Chunks, files: Files, index: NDArray[np.int64], needed: NDArray[np.bool_], out: NDArray[Any]
+) -> dict[int, str]:
+    """Read and decode the needed chunks into `out`; what is wrong with those that can't be."""
+    rows = np.flatnonzero(needed)
+    bytes_out = out.reshape(index.size, -1).view(np.uint8)
+    broken: dict[int, str] = {}
+    groups = _neighbours(chunks, index[rows])
+    while groups:
+        group = groups.pop()
+        mine = rows[group]
+        at, lengths = chunks.offset[index[mine]], chunks.length[index[mine]]
+        file, low = int(chunks.file[index[mine[0]]]), int(at.min())
+        try:
+            raw = files.read(file, low, int((at + lengths).max()) - low)
+        except DataError as error:
+            # which of them is it?
+            groups.extend(np.split(group, group.size) if group.size > 1 else [])
+            broken.update({int(mine[0]): str(error)} if group.size == 1 else {})
+            continue
+        together = mine.size == mine[-1] - mine[0] + 1
+        target = bytes_out[mine[0] : mine[-1] + 1] if together else np.empty((mine.size, bytes_out.shape[1]), np.uint8)
+        found = codecs.decode_many(piece.codec, chunks.skipped[index[mine]], raw, at - low, lengths, target)
+        if not together:
+            bytes_out[mine] = target
+        broken.update({int(mine[k]): f"{files.path(file)}: chunk at byte {at[k]}: {why}" for k, why in found.items()})
+    return broken
+
+
+def _neighbours(chunks: Chunks, index: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    """Chunks in groups that are read at once: in one file, one after the other, with little between them."""
+    if index.size == 0:
+        return []
+    file, at, length = chunks.file[index], chunks.offset[index], chunks.length[index]
+    gap = at[1:] - (at[:-1] + length[:-1])
+    apart = (file[1:] != file[:-1]) | (gap < 0) | (gap > GAP_NBYTES)
+    return np.split(np.arange(index.size), np.flatnonzero(apart) + 1)
 
 
 def _load_array(source: Source, files: Files, piece: Piece, box: Box) -> NDArray[Any]:

@@ -7,16 +7,23 @@ or NEON instructions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils as numba_cgutils
 from numba.extending import intrinsic
 
+cgutils: Any = numba_cgutils
 LANES = 16
 # distance between accumulators; not a power of two, so that their addresses don't collide in the first-level cache
 PITCH = 256 + 16
+
+
+def _intrinsic(build: Callable[..., Any]) -> Any:
+    """Let compiled code use the instructions that `build` writes; whole numbers known beforehand stay known."""
+    return intrinsic(prefer_literal=True)(build)
 
 
 def _pointer(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
@@ -34,7 +41,7 @@ def _store(context: Any, builder: Any, kind: Any, array: Any, index: Any, value:
     builder.store(value, _pointer(context, builder, kind, array, index), align=kind.dtype.bitwidth // 8)
 
 
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+@_intrinsic
 def fetch(typing: Any, pixels: Any, start: Any, count: Any) -> Any:
     """Ask for `count` pixels from position `start`, line after line, before they are needed.
 
@@ -91,30 +98,33 @@ def _add_lanes(builder: Any, value: Any, add: Any) -> Any:
     return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator, unused-ignore]
+@_intrinsic
 def accumulate4(
-    typing: Any, pixels: Any, at: Any, width: Any, rows: Any, total: Any, maximum: Any, where: Any, columns: Any, x: Any
+    typing: Any, pixels: Any, places: Any, width: Any, rows: Any, total: Any, maximum: Any, columns: Any
 ) -> Any:
     """Add LANES pixels in each of `rows` rows of four frames to every accumulator that isn't None.
 
-    `at` are the positions in `pixels`, one per frame, and `where` the one in `total` and `maximum`; the next row is
-    `width` further. In `columns`, the sum of frame f goes to f * PITCH + x, and its running sum over rows to
+    `places` are the positions in `pixels`, one per frame, the one in `total` and `maximum`, and the column x; the next
+    row is `width` further. In `columns`, the sum of frame f goes to f * PITCH + x, and its running sum over rows to
     (4 + f) * PITCH + x. `rows` is a number known beforehand: what several rows add to stays in registers.
     """
     count = rows.literal_value
 
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        v_pixels, v_at, v_width, _, v_total, v_maximum, v_where, v_columns, v_x = args
-        k_pixels, _, _, _, k_total, k_maximum, _, k_columns, _ = signature.args
+        v_pixels, v_places, v_width, _, v_total, v_maximum, v_columns = args
+        v_where, v_x = (builder.extract_value(v_places, k) for k in (4, 5))
+        k_pixels, _, _, _, k_total, k_maximum, k_columns = signature.args
         source = k_pixels.dtype
         add = builder.fadd if isinstance(source, types.Float) else builder.add
         below = [builder.mul(v_width, ir.Constant(v_width.type, r)) for r in range(count)]
         images = [builder.add(v_where, down) for down in below]
-        has_total, has_maximum, has_columns = (not isinstance(k, types.NoneType) for k in (k_total, k_maximum, k_columns))
+        has_total, has_maximum, has_columns = (
+            not isinstance(k, types.NoneType) for k in (k_total, k_maximum, k_columns)
+        )
         totals = [_load(context, builder, k_total, v_total, p) for p in images] if has_total else []
         largest = [_load(context, builder, k_maximum, v_maximum, p) for p in images] if has_maximum else []
         for f in range(4):
-            start = builder.extract_value(v_at, f)
+            start = builder.extract_value(v_places, f)
             if has_columns:
                 once = builder.add(v_x, ir.Constant(v_x.type, f * PITCH))
                 twice = builder.add(v_x, ir.Constant(v_x.type, (4 + f) * PITCH))
@@ -138,10 +148,10 @@ def accumulate4(
                 _store(context, builder, kind, array, position, value)
         return context.get_dummy_value()
 
-    return types.void(pixels, at, width, rows, total, maximum, where, columns, x), build
+    return types.void(pixels, places, width, rows, total, maximum, columns), build
 
 
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+@_intrinsic
 def masked_sum(typing: Any, pixels: Any, start: Any, groups: Any, edges: Any, lanes: Any, like: Any) -> Any:
     """Sum of the pixels of one frame that lie in groups of LANES pixels, in the type of the array `like`.
 
@@ -185,7 +195,7 @@ def masked_sum(typing: Any, pixels: Any, start: Any, groups: Any, edges: Any, la
     return target(pixels, start, groups, edges, lanes, like), build
 
 
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+@_intrinsic
 def dot4x4(typing: Any, pixels: Any, at: Any, images: Any, rows: Any, groups: Any, out: Any) -> Any:
     """Add to out[4 f + k] the sums of pixel times weight of four frames f and four images k.
 

@@ -35,10 +35,15 @@ def unpack(steps: tuple[Step, ...], data: NDArray[np.uint8], at: NDArray[np.int6
     merlin.decode(data, at, out, *step.parameters)
 
 
-def decode(
-    steps: tuple[Step, ...], skipped: int, raw: NDArray[np.uint8], nbytes: int, *, out: NDArray[np.uint8] | None = None
-) -> NDArray[np.uint8]:
-    """Undo the filters of a chunk; see `gpuem.codecs.chunks.decode`."""
+def decode_many(
+    steps: tuple[Step, ...],
+    skipped: NDArray[np.uint32],
+    raw: NDArray[np.uint8],
+    at: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    out: NDArray[np.uint8],
+) -> dict[int, str]:
+    """Undo the filters of chunks; see `gpuem.codecs.chunks.decode_many`."""
     from gpuem.codecs import chunks
 
-    return chunks.decode(steps, skipped, raw, nbytes, out=out)
+    return chunks.decode_many(steps, skipped, raw, at, lengths, out)

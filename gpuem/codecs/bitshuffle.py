@@ -11,6 +11,7 @@ negative code instead of raising, run without the interpreter lock and keep no s
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import numpy as np
 
@@ -234,7 +235,49 @@ def _chunk8(raw: Bytes, out: Bytes, block: int, scratch: Bytes) -> int:
     return _rest(raw, i, out, o)
 
 
+@jit
+def _block_bytes(raw: Bytes, nbytes: int, group: int) -> int:
+    """`frame_header` for compiled code."""
+    if raw.size < 12:
+        return TOO_SHORT
+    total, block = _length_at(raw, 0) << 32 | _length_at(raw, 4), _length_at(raw, 8)
+    return block if total == nbytes and block > 0 and block % group == 0 else BAD_HEADER
+
+
+@jit
+def _many1(raw: Bytes, at: Any, lengths: Any, out: Any, codes: Any, scratch: Bytes) -> None:
+    for k in range(at.size):
+        part = raw[at[k] : at[k] + lengths[k]]
+        block = _block_bytes(part, out.shape[1], 8)
+        codes[k] = _chunk1(part, out[k], block, scratch) if block > 0 else block
+
+
+@jit
+def _many2(raw: Bytes, at: Any, lengths: Any, out: Any, codes: Any, scratch: Bytes) -> None:
+    for k in range(at.size):
+        part = raw[at[k] : at[k] + lengths[k]]
+        block = _block_bytes(part, out.shape[1], 16)
+        codes[k] = _chunk2(part, out[k], block, scratch) if block > 0 else block
+
+
+@jit
+def _many4(raw: Bytes, at: Any, lengths: Any, out: Any, codes: Any, scratch: Bytes) -> None:
+    for k in range(at.size):
+        part = raw[at[k] : at[k] + lengths[k]]
+        block = _block_bytes(part, out.shape[1], 32)
+        codes[k] = _chunk4(part, out[k], block, scratch) if block > 0 else block
+
+
+@jit
+def _many8(raw: Bytes, at: Any, lengths: Any, out: Any, codes: Any, scratch: Bytes) -> None:
+    for k in range(at.size):
+        part = raw[at[k] : at[k] + lengths[k]]
+        block = _block_bytes(part, out.shape[1], 64)
+        codes[k] = _chunk8(part, out[k], block, scratch) if block > 0 else block
+
+
 _CHUNKS = {1: _chunk1, 2: _chunk2, 4: _chunk4, 8: _chunk8}
+_MANY = {1: _many1, 2: _many2, 4: _many4, 8: _many8}
 
 
 def frame_header(raw: Bytes, nbytes: int, group: int) -> int:
@@ -264,6 +307,30 @@ def bitshuffle_lz4(raw: Bytes, out: Bytes, size: int) -> int:
         return block
     scratch = np.empty(min(block, out.size) + SLACK, np.uint8)
     return int(_CHUNKS[size](raw, out, block, scratch))
+
+
+def bitshuffle_lz4_many(raw: Bytes, at: Any, lengths: Any, out: Any, size: int) -> Any:
+    """`bitshuffle_lz4` for many chunks in one call, without the interpreter in between.
+
+    Parameters
+    ----------
+    raw : (m,) uint8
+        Bytes that hold all the chunks.
+    at, lengths : (n,) int64
+        Where each chunk lies in `raw`.
+    out : (n, nbytes) uint8
+        The decoded chunks.
+    size : int
+        Bytes of a pixel.
+
+    Returns
+    -------
+    (n,) int64
+        For each chunk 0, or a negative code of `REASONS`.
+    """
+    codes = np.zeros(at.size, np.int64)
+    _MANY[size](raw, at, lengths, out, codes, np.empty(out.shape[1] + SLACK, np.uint8))
+    return codes
 
 
 def unbitshuffle(raw: Bytes, out: Bytes, size: int, block: int) -> int:

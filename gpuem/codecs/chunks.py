@@ -76,6 +76,50 @@ def decode(
     return data
 
 
+def decode_many(
+    steps: tuple[Step, ...],
+    skipped: NDArray[np.uint32],
+    raw: Bytes,
+    at: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    out: NDArray[np.uint8],
+) -> dict[int, str]:
+    """Undo the filters of many chunks that lie in one stretch of bytes.
+
+    Parameters
+    ----------
+    steps : tuple of Step
+        The codec, as for `decode`.
+    skipped : (n,) uint32
+        Steps left out, per chunk.
+    raw : (m,) uint8
+        Bytes that hold all the chunks.
+    at, lengths : (n,) int64
+        Where each chunk lies in `raw`.
+    out : (n, nbytes) uint8
+        The decoded chunks.
+
+    Returns
+    -------
+    dict of int to str
+        What is wrong with the chunks that can't be decoded, by their index.
+    """
+    if len(steps) == 1 and steps[0].name == "bitshuffle" and not skipped.any():
+        size, _, compression = (*steps[0].parameters, 0, _LZ4)[:3]
+        if compression == _LZ4 and size in (1, 2, 4, 8):
+            from gpuem.codecs import bitshuffle
+
+            codes = bitshuffle.bitshuffle_lz4_many(raw, at, lengths, out, size)
+            return {int(k): f"{lengths[k]} bytes: {bitshuffle.REASONS[int(codes[k])]}" for k in np.flatnonzero(codes)}
+    broken = {}
+    for k in range(at.size):
+        try:
+            decode(steps, int(skipped[k]), raw[at[k] : at[k] + lengths[k]], out.shape[1], out=out[k])
+        except DataError as error:
+            broken[k] = str(error)
+    return broken
+
+
 def known(steps: tuple[Step, ...]) -> list[str]:
     """Names of the steps that `decode` can't undo; empty when it can undo all of them."""
     return [step.name for step in steps if step.name not in _STEPS]

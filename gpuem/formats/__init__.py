@@ -20,7 +20,7 @@ FORMATS = {
 }
 
 
-def read_header(paths: tuple[Path, ...], format: str | None = None, **options: Any) -> Source:
+def read_header(paths: tuple[Path, ...], format: str | None = None, **options: Any) -> Source:  # noqa: A002
     """Describe files by their headers.
 
     Parameters

@@ -81,7 +81,10 @@ def _whole_frames(file: File, what: str, offset: int, stride: int, needed: int, 
         whole, rest = whole + 1, 0
     if rest == 0 and file.size >= offset:
         return whole, ""
-    message = f"{file.path}: {file.size} bytes hold {whole} whole frames of {what} after {offset} bytes, and {rest} bytes more"
+    message = (
+        f"{file.path}: {file.size} bytes hold {whole} whole frames of {what} after {offset} bytes, "
+        f"and {rest} bytes more"
+    )
     if not fit:
         raise TruncatedError(f"{message}; check frame, dtype and offset, or set fit = true to go on", whole)
     return whole, message

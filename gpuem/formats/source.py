@@ -76,7 +76,8 @@ class Runs:
     @classmethod
     def one(cls, offset: int, frames: int, stride: int, frame_bytes: int, file: int = 0) -> Runs:
         """A single run in a single file."""
-        return cls(*(np.array([v], np.int64) for v in (file, offset, frames, stride)), frame_bytes)
+        first, second, third, fourth = (np.array([v], np.int64) for v in (file, offset, frames, stride))
+        return cls(first, second, third, fourth, frame_bytes)
 
 
 @dataclass(frozen=True)

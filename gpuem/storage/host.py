@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +43,10 @@ class Files:
         for file in self._files:
             _refuse_changed(file, file.path.stat() if file.path.exists() else None)
 
+    def path(self, k: int) -> Path:
+        """Path of file `k`."""
+        return self._files[k].path
+
     def view(self, k: int) -> NDArray[np.uint8]:
         """All bytes of file `k`, mapped read-only: nothing is read before it is touched.
 
@@ -71,9 +76,11 @@ class Files:
         done = 0
         while done < length:
             try:
-                got = os.preadv(descriptor, [memoryview(out)[done:]], offset + done)
+                got = os.preadv(descriptor, [out[done:].data], offset + done)
             except OSError as error:
-                raise DataError(f"{self._files[k].path}: reading {length} bytes at {offset}: {error.strerror}") from error
+                raise DataError(
+                    f"{self._files[k].path}: reading {length} bytes at {offset}: {error.strerror}"
+                ) from error
             if got == 0:
                 raise DataError(
                     f"{self._files[k].path}: ends {length - done} bytes before the end of a block of {length} bytes "
