@@ -175,4 +175,4 @@ def disk(shape: tuple[int, int], center: tuple[float, float], outer: float, inne
     """Disk (or annulus) on a detector of `shape`: inner < distance <= outer, the disk inclusive when `inner` is 0."""
     y, x = np.ogrid[: shape[0], : shape[1]]
     distance2 = (y - center[0]) ** 2 + (x - center[1]) ** 2
-    return np.asarray((distance2 <= outer**2) & ((distance2 > inner**2) | math.isclose(inner, 0.0, abs_tol=1e-12)))
+    return np.asarray((distance2 <= outer**2) & ((distance2 > inner**2) | (inner <= 0)))
