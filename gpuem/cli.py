@@ -100,19 +100,18 @@ def info(path: Annotated[Path, typer.Argument(help="A detector file, or a result
     if path.is_dir() and results.is_result(path):
         _describe_results(results.load_results(path), path)
         return
-    from gpuem.formats import find_format, read_header
+    from gpuem.formats import check_readable, find_format, read_header
 
+    check_readable(path)
     if find_format(path) == "raw":
-        out.print(f"{escape(str(path))}: raw, {path.stat().st_size:,} bytes" if path.exists() else "")
-    source = read_header((path,), fit=True) if find_format(path) != "raw" else None
-    if source is None:
+        out.print(f"{escape(str(path))}: raw, {path.stat().st_size:,} bytes")
         out.print(
             'A raw file says nothing of itself; a recipe must: scan = [256, 256], frame = [256, 256], dtype = "uint16"'
         )
         return
     from gpuem.dataset import arrange
 
-    ds = arrange(source, None, 0, True, None)
+    ds = arrange(read_header((path,), fit=True), None, 0, True, None)
     _describe_data(ds)
     for key, value in ds.metadata.items():
         out.print(f"{escape(str(key)):<16} {escape(str(value))}")

@@ -228,7 +228,9 @@ def provenance(
 ) -> dict[str, Any]:
     """How the results came about, as plain values."""
     missing = int(job.wanted.sum() - totals.valid.sum())
-    lost = [{"frames": engine.describe(item.indices), "reason": item.message} for item in totals.lost]
+    reasons: dict[str, list[NDArray[np.int64]]] = {}
+    for item in totals.lost:
+        reasons.setdefault(item.message, []).append(item.indices)
     return {
         **_versions(),
         "command": sys.argv,
@@ -245,7 +247,10 @@ def provenance(
         },
         "analyses": [a.model_dump(mode="json", exclude={"mask"}) for a in analyses if hasattr(a, "model_dump")],
         "frames": {"wanted": int(job.wanted.sum()), "read": int(totals.valid.sum()), "masked": missing},
-        "lost": lost,
+        "lost": [
+            {"frames": engine.describe(np.concatenate(indices)), "reason": reason}
+            for reason, indices in reasons.items()
+        ],
         "notes": list(ds.notes),
         "seconds": {"total": seconds, **totals.seconds},
         "bytes": totals.nbytes,

@@ -18,14 +18,16 @@ from gpuem.errors import PlanError
 from gpuem.formats.source import Calls, Chunks, Piece, Runs, Source
 
 # a few times the per-call cost of Python, and small enough for the caches
-TILE_NBYTES = 4 << 20
-# frames that are used where they are mapped need no scratch
-MAPPED_TILE_NBYTES = 16 << 20
+TILE_NBYTES = 8 << 20
+# most of them are used where they are mapped and need no scratch
+RUNS_TILE_NBYTES = 16 << 20
 SHARD_NBYTES = 64 << 20
 # 10 TB still make a manageable number of shards
 MOST_SHARDS = 1 << 14
 # frames per tile and shard, unless one chunk holds more: results per frame stay small
 MOST_FRAMES = 1 << 15
+# bytes per scan position of the maps that an analysis makes of its sums, and of what it makes them from
+MAPS_NBYTES = 256
 # the interpreter with its libraries and compiled kernels, measured on Linux x86-64
 BASE_NBYTES = 400 << 20
 
@@ -104,7 +106,7 @@ def plan(
     )
     fixed = {
         "Python, libraries, kernels": BASE_NBYTES,
-        "maps": 3 * source.frames * frame_result_nbytes,
+        "sums and maps": source.frames * (2 * frame_result_nbytes + MAPS_NBYTES),
         "images": 2 * image_nbytes,
     }
     # results of two shards per thread may wait to be combined in order
@@ -124,8 +126,7 @@ def tile_shape(piece: Piece, frame_nbytes: int) -> tuple[int, ...]:
     """Shape of a tile over the nav axes of a piece: whole chunks, near TILE_NBYTES."""
     layout = piece.layout
     if isinstance(layout, Runs):
-        nbytes = TILE_NBYTES if piece.codec else MAPPED_TILE_NBYTES
-        return (max(1, min(nbytes // frame_nbytes, MOST_FRAMES)),)
+        return (max(1, min(RUNS_TILE_NBYTES // frame_nbytes, MOST_FRAMES)),)
     nav = piece.nav
     if isinstance(layout, Chunks | Calls):
         tile = list(layout.shape[: len(nav)] if isinstance(layout, Chunks) else layout.chunk)
@@ -177,6 +178,8 @@ def tile_of(piece: Piece, tile: tuple[int, ...], indices: NDArray[np.int64]) -> 
 def frames_of(piece: Piece, where: Sequence[slice]) -> NDArray[np.int64]:
     """Flat indices, in file order, of the frames in a box, in C order of the box."""
     axes = [np.arange(s.start, s.stop) for s in where]
+    if len(axes) == 1:
+        return piece.start + axes[0]
     return piece.start + np.ravel_multi_index(np.ix_(*axes), nav_shape(piece)).reshape(-1).astype(np.int64)
 
 

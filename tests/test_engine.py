@@ -21,7 +21,7 @@ def cuts(monkeypatch):
 
     def set_cuts(frame_nbytes, tile, shard, block):
         monkeypatch.setattr(tiles, "TILE_NBYTES", tile * frame_nbytes)
-        monkeypatch.setattr(tiles, "MAPPED_TILE_NBYTES", tile * frame_nbytes)
+        monkeypatch.setattr(tiles, "RUNS_TILE_NBYTES", tile * frame_nbytes)
         monkeypatch.setattr(tiles, "SHARD_NBYTES", shard * frame_nbytes)
         monkeypatch.setattr(cpu, "BLOCK_NBYTES", block * frame_nbytes)
 
@@ -82,7 +82,7 @@ def test_any_cut_gives_the_bits_of_the_reference(tmp_path_factory, dtype, order,
     with pytest.MonkeyPatch.context() as patch:
         nbytes = data[..., :, :].dtype.itemsize * frame[0] * frame[1]
         for module, name, count in (
-            (tiles, "TILE_NBYTES", cut[0]), (tiles, "MAPPED_TILE_NBYTES", cut[0]),
+            (tiles, "TILE_NBYTES", cut[0]), (tiles, "RUNS_TILE_NBYTES", cut[0]),
             (tiles, "SHARD_NBYTES", cut[1]), (cpu, "BLOCK_NBYTES", cut[2]),
         ):  # fmt: skip
             patch.setattr(module, name, count * nbytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,10 +18,14 @@ from gpuem.storage.host import Files
 
 # reading over a small gap is cheaper than another read
 GAP_NBYTES = 1 << 16
+_memory = threading.local()
+_NOTHING = np.empty(0, np.uint8)
 
 
 def load(source: Source, files: Files, piece: Piece, box: Box, keep: NDArray[np.bool_]) -> Iterator[Block | Lost]:
     """Read and decode the wanted frames of one tile.
+
+    What a thread gets is valid until it asks for the next.
 
     Parameters
     ----------
@@ -50,14 +55,25 @@ def load(source: Source, files: Files, piece: Piece, box: Box, keep: NDArray[np.
     yield Block(Frames(pixels.reshape(-1), np.flatnonzero(keep) * size, source.frame_shape), indices[keep])
 
 
+def _scratch(purpose: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """An array of undefined content in memory that this thread used for the tile before: fresh pages are slow."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if getattr(_memory, purpose, _NOTHING).size < nbytes:
+        setattr(_memory, purpose, np.empty(nbytes, np.uint8))
+    found: NDArray[Any] = getattr(_memory, purpose)[:nbytes].view(dtype).reshape(shape)
+    return found
+
+
 def _load_runs(
     source: Source, files: Files, piece: Piece, runs: Runs, indices: NDArray[np.int64]
 ) -> Iterator[Block | Lost]:
     ends = np.cumsum(runs.frames)
     local = indices - piece.start
     of_run = np.searchsorted(ends, local, side="right")
-    for run in np.unique(of_run).tolist():
+    for run in range(int(of_run[0]), int(of_run[-1]) + 1) if local.size else ():
         mine = of_run == run
+        if not mine.any():
+            continue
         first_of_run = int(ends[run] - runs.frames[run])
         at = int(runs.offset[run]) + (local[mine] - first_of_run) * int(runs.stride[run])
         data = files.view(int(runs.file[run]))
@@ -68,12 +84,12 @@ def _frames_at(source: Source, piece: Piece, data: NDArray[np.uint8], at: NDArra
     """Frames whose stored bytes start at byte offsets `at` of mapped `data`."""
     item, size = piece.stored.itemsize, math.prod(source.frame_shape)
     if piece.codec:
-        pixels = np.empty((at.size, *source.frame_shape), source.dtype)
+        pixels = _scratch("pixels", (at.size, *source.frame_shape), source.dtype)
         codecs.unpack(piece.codec, data, at, pixels)
     elif piece.stored == source.dtype and at[0] % item == 0 and stride % item == 0:
         return Frames(data[: data.size // item * item].view(source.dtype), at // item, source.frame_shape)
     else:
-        pixels = np.empty((at.size, size), source.dtype)
+        pixels = _scratch("pixels", (at.size, size), source.dtype)
         count = int((at[-1] - at[0]) // stride) + 1 if stride else 1
         stored = np.ndarray((count, size), piece.stored, data, int(at[0]), (stride, item))
         np.copyto(pixels, stored if count == at.size else stored[(at - at[0]) // stride])
@@ -104,7 +120,7 @@ def _load_chunks(
     else:
         needed = np.array([wanted[place(corner)[:nav]].any() for corner in corners.T])
     written = chunks.length[index] > 0
-    decoded = np.empty((index.size, *chunks.shape), piece.stored)
+    decoded = _scratch("decoded", (index.size, *chunks.shape), piece.stored)
     broken = _decode(piece, chunks, files, index, needed & written, decoded)
     lost = []
     for k in np.flatnonzero(needed & ~written).tolist() + sorted(broken):
@@ -117,7 +133,7 @@ def _load_chunks(
             lost.append(Lost(affected, "chunk was never written", broken=False))
     if _chunks_follow_one_another(chunks.shape, counts, whole):
         return decoded.astype(source.dtype, copy=False), lost
-    pixels = np.empty((*wanted.shape, *source.frame_shape), source.dtype)
+    pixels = _scratch("pixels", (*wanted.shape, *source.frame_shape), source.dtype)
     for k in np.flatnonzero(needed & written).tolist():
         where = place(corners[:, k])
         pixels[where] = decoded[k][tuple(slice(0, s.stop - s.start) for s in where)]
@@ -126,7 +142,9 @@ def _load_chunks(
 
 def _chunks_follow_one_another(chunk: tuple[int, ...], counts: list[int], whole: Box) -> bool:
     """Whether chunks laid end to end are the tile: none hangs over, and before an axis that is cut all are 1 long."""
-    fits = all(n * c == s.stop - s.start for n, c, s in zip(counts, chunk, whole, strict=True))
+    fits = counts[-2:] == [1, 1] and all(
+        n * c == s.stop - s.start for n, c, s in zip(counts, chunk, whole, strict=True)
+    )
     return fits and all(n == 1 or all(c == 1 for c in chunk[:axis]) for axis, n in enumerate(counts))
 
 

@@ -40,11 +40,11 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Iterator[Par
                 yield waiting.popleft().result()
                 if index < count:
                     waiting.append(pool.submit(work, index))
-        finally:
-            # on an error or Ctrl-C: shards in work stop at their next tile
-            if waiting:
-                job.stop.set()
+        except BaseException:
+            # an error or Ctrl-C: shards in work stop at their next tile
+            job.stop.set()
             pool.shutdown(cancel_futures=True)
+            raise
 
 
 def cpus() -> int:
