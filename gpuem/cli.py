@@ -28,6 +28,13 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+class _Console(logging.Handler):
+    """Log lines above the progress bar instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        err.print(escape(self.format(record)))
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
@@ -43,7 +50,7 @@ def _options(
         bool, typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(message)s", handlers=[_Console()])
     for noisy in ("numba", "matplotlib", "asyncio", "h5py", "zarr", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # what a person looks at first; the rest is in the result file
-_SHOWN = {"sum": ("mean", "max"), "com": ("field_y", "field_x", "magnitude", "divergence", "curl", "counts")}
+_SHOWN = {"sum": ("mean", "max"), "com": ("field_y", "field_x", "divergence", "curl")}
 _SIGNED = ("shift_y", "shift_x", "field_y", "field_x", "divergence", "curl")
 
 
@@ -43,7 +43,7 @@ def save_previews(results: Results, folder: Path) -> list[Path]:
         kinds = [kind for kind in _SHOWN.values() if set(kind) & set(maps)]
         shown = {k: m for k, m in maps.items() if not kinds or k in kinds[0]}
         path = folder / f"{group}.png"
-        figure_of(group, shown).savefig(path, dpi=110)
+        figure_of(group, shown).savefig(path, dpi=110, pil_kwargs={"compress_level": 3})
         written.append(path)
     return written
 
@@ -53,7 +53,7 @@ def figure_of(title: str, maps: dict[str, Map]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    columns = min(3, len(maps))
+    columns = min(2, len(maps))
     rows = -(-len(maps) // columns)
     figure = Figure(figsize=(4.2 * columns, 3.7 * rows))
     FigureCanvasAgg(figure)
@@ -79,6 +79,7 @@ def draw(axes: Axes, bar: Axes, title: str, item: Map) -> None:
         A map of two dimensions.
     """
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator
 
     data = item.data.astype(np.float64)
     y, x = item.axes
@@ -98,8 +99,9 @@ def draw(axes: Axes, bar: Axes, title: str, item: Map) -> None:
     axes.set_title(title, fontsize=10, y=1.01)  # a given height spares a search for a free one
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.figure.colorbar(image, cax=bar, format="%.6g")
-    bar.set_title(item.units, fontsize=8, y=1.02)
+    logarithmic = LogLocator(subs=(1, 2, 5)) if isinstance(options.get("norm"), LogNorm) else None
+    axes.figure.colorbar(image, cax=bar, format="%.6g", ticks=logarithmic)
+    bar.set_title(item.units, fontsize=8, y=1.02, loc="left")
     bar.tick_params(labelsize=7)
     bar.minorticks_off()
     _scale_bar(axes, data.shape, x.step, x.unit)

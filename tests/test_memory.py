@@ -33,7 +33,8 @@ chosen = [gpuem.Sum(), gpuem.VirtualDetector(outer=80), gpuem.CenterOfMass()]
 plan = job.prepare(ds, chosen, memory="1 GB").plan
 found = gpuem.run(ds, chosen, memory="1 GB")
 done.set(); watcher.join()
-print(json.dumps({"planned": plan.total_nbytes, "peak": peak[0], "mapped": mapped[0], "frames": found.provenance["frames"]["read"]}))
+frames = found.provenance["frames"]["read"]
+print(json.dumps({"planned": plan.total_nbytes, "peak": peak[0], "mapped": mapped[0], "frames": frames}))
 """
 
 
