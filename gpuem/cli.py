@@ -193,6 +193,8 @@ def _previews(found: Results, where: Path) -> None:
         out.print(f"pictures         {escape(str(folder))}")
     except ImportError:
         err.print("no pictures: matplotlib is not installed (pip install 'gpuem[plot]')")
+    except OSError as error:
+        err.print(f"no pictures: {escape(str(error))}; the result itself is complete")
 
 
 class _progress:  # noqa: N801

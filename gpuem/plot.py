@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,16 +22,16 @@ _SIGNED = ("shift_y", "shift_x", "field_y", "field_x", "divergence", "curl")
 
 
 def save_previews(results: Results, folder: Path) -> list[Path]:
-    """Write one PNG per analysis into `folder`, replacing what previous runs left there.
+    """Write one PNG per analysis into `folder`, replacing the pictures that are there.
 
     Returns
     -------
     list of Path
         The pictures.
     """
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):
+        old.unlink()
     written = []
     groups: dict[str, dict[str, Map]] = {}
     for name, item in results.maps.items():
