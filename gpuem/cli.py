@@ -51,7 +51,7 @@ def _options(
     ] = False,
 ) -> None:
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(message)s", handlers=[_Console()])
-    for noisy in ("numba", "matplotlib", "asyncio", "h5py", "zarr", "PIL"):
+    for noisy in ("numba", "matplotlib", "asyncio", "h5py", "zarr", "numcodecs", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
@@ -79,7 +79,7 @@ def check(recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file."
     wanted = int(prepared.wanted.sum())
     out.print(f"scan positions   {wanted:,} of {ds.positions:,} wanted")
     out.print(f"analyses         {', '.join(f'{a.name} ({a.kind})' for a in loaded.analysis)}")
-    out.print(f"device           {prepared.backend.NAME}, {plan.threads} threads")
+    out.print(f"device           {prepared.backend.NAME}, {_threads(plan.threads)}")
     out.print(f"shards           {len(plan.shards):,} of up to {max(s.frames for s in plan.shards):,} frames")
     out.print(f"memory           {plan.total_nbytes / 1e6:,.0f} MB")
     for name, nbytes in plan.nbytes.items():
@@ -90,13 +90,12 @@ def check(recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file."
     out.print(
         f"estimated time   {_duration(slow)} from memory (2 GB/s per run) to {_duration(fast)} from a disk of 200 MB/s"
     )
-    state = "free to write"
+    out.print(f"result           {escape(str(loaded.output.path))}")
+    out.print("The recipe is good; nothing was computed.")
     try:
         results.check_writable(loaded.output.path, overwrite=False)
     except GpuemError as error:
-        state = str(error)
-    out.print(f"result           {escape(state)}: {escape(str(loaded.output.path))}")
-    out.print("The recipe is good; nothing was computed.")
+        out.print(f"But: {escape(str(error))}")
 
 
 @app.command()
@@ -192,7 +191,7 @@ def _previews(found: Results, where: Path) -> None:
         plot.save_previews(found, folder)
         out.print(f"pictures         {escape(str(folder))}")
     except ImportError:
-        err.print("no pictures: matplotlib is not installed (pip install 'gpuem[plot]')")
+        err.print(escape("no pictures: matplotlib is not installed (pip install 'gpuem[plot]', or matplotlib itself)"))
     except OSError as error:
         err.print(f"no pictures: {escape(str(error))}; the result itself is complete")
 
@@ -230,7 +229,7 @@ def _report(found: Results, where: Path) -> None:
     frames, seconds = facts["frames"], facts["seconds"]["total"]
     out.print(
         f"read             {frames['read']:,} frames, {facts['bytes'] / 1e9:.3f} GB in {_duration(seconds)} "
-        f"({facts['bytes'] / 1e9 / seconds:.2f} GB/s) on {facts['device']}, {facts['threads']} threads"
+        f"({_rate(facts['bytes'] / seconds)}) on {facts['device']}, {_threads(facts['threads'])}"
     )
     if frames["masked"]:
         out.print(f"masked           {frames['masked']:,} of {frames['wanted']:,} positions have no readable frame")
@@ -241,8 +240,13 @@ def _report(found: Results, where: Path) -> None:
     for name, item in found.maps.items():
         if name.endswith("/field_y") and item.attributes:
             angle, flip = item.attributes["rotation_deg"], item.attributes["flip"]
-            if angle or flip:
-                out.print(f"{name.split('/')[0]:<16} rotation {angle:.2f} degrees, flip {'yes' if flip else 'no'}")
+            certainty = item.attributes.get("curl_to_divergence")
+            if certainty is not None:
+                doubt = ": the data hardly tell" if certainty > 0.8 else ""
+                out.print(
+                    f"{name.split('/')[0]:<16} rotation {angle:.2f} degrees, flip {'yes' if flip else 'no'}, "
+                    f"curl/divergence that is left {certainty:.2f}{doubt}"
+                )
     out.print(f"result           {escape(str(where))}")
 
 
@@ -275,6 +279,14 @@ def _describe_results(found: Results, path: Path) -> None:
     for name, item in found.maps.items():
         table.add_row(name, " x ".join(map(str, item.data.shape)), item.data.dtype.name, item.units, item.description)
     out.print(table)
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
+def _rate(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB/s" if nbytes > 1e9 else f"{nbytes / 1e6:.1f} MB/s"
 
 
 def _duration(seconds: float) -> str:

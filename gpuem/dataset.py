@@ -220,6 +220,9 @@ def arrange(
             remedy = "mask the positions without a frame" if less else "leave out the frames beyond the scan"
             raise InputError(f"{message}. Give the right scan or skip, or set fit = true to {remedy}")
         notes.append(message)
+    if scan is not None and len(source.scan_shape) > 1 and shape != source.scan_shape:
+        there_is = " x ".join(map(str, source.scan_shape))
+        notes.append(f"{name}: the file says a scan of {there_is}; it is read as {' x '.join(map(str, shape))}")
     if skip < 0:
         notes.append(f"the first {-skip} positions have no frame (skip = {skip})")
     axes = source.scan if source.scan and tuple(a.size for a in source.scan) == shape else scan_axes(shape)

@@ -22,7 +22,7 @@ dtype = ">u2"
 header = 32
 
 [calibration]
-scan_step = 0.5
+scan_step = 0.02
 scan_unit = "nm"
 detector_step = 1.2
 detector_unit = "mrad"
@@ -113,10 +113,10 @@ def compare(results: Results) -> list[tuple[str, str, str, bool]]:
         ("largest deflection (px)", f"{np.hypot(*np.moveaxis(descan, -1, 0)).max():.2f}",
          f"{np.nanmax(results['com/magnitude'].data):.2f}",
          abs(np.hypot(*np.moveaxis(descan, -1, 0)).max() - np.nanmax(results["com/magnitude"].data)) < 0.5),
-        ("dark field against scattering", "> 0.95", f"{dark_field:.3f}", dark_field > 0.95),
+        ("correlation of dark field and scattering", "> 0.95", f"{dark_field:.3f}", dark_field > 0.95),
         ("brightest column (y, x)", "(32, 30)", f"({brightest[0]}, {brightest[1]})",
          bool(np.hypot(brightest[0] - 32, brightest[1] - 30) < 5)),
-        ("deepest divergence (y, x)", "an atom", f"({deepest[0]}, {deepest[1]})",
+        ("deepest divergence at an atom (y, x)", "within 5 px", f"({deepest[0]}, {deepest[1]})",
          bool(min(np.hypot(deepest[0] - cy, deepest[1] - cx) for cy, cx in ((14, 16), (32, 30), (18, 48))) < 5)),
         ("counts, sum against com", f"{total:,}", f"{counted:,.0f}", total == counted),
     ]  # fmt: skip

@@ -73,7 +73,10 @@ def run(
         What, where, the numbers, the remedy.
     """
     started = time.perf_counter()
+    if isinstance(data, str | os.PathLike):
+        raise RecipeError(f"run({str(data)!r}): open the file first: gpuem.run(gpuem.open({str(data)!r}), ...)")
     ds = data if isinstance(data, Dataset) else dataset.of_array(data)
+    analyses = [analyses] if hasattr(analyses, "weights") else list(analyses)
     prepared = prepare(ds, analyses, roi=roi, device=device, threads=threads, memory=memory, on_error=on_error)
     totals = engine.combine(prepared, local.run(prepared, progress))
     maps = finish(view_of(ds), analyses, totals)
@@ -121,6 +124,8 @@ def prepare(
     on_error: engine.OnError = "stop",
 ) -> engine.Job:
     """All of a run but touching the data: weights, plan, open files. ``gpuem check`` stops here."""
+    if threads is not None and threads < 1:
+        raise RecipeError(f"threads {threads}: at least 1")
     if not analyses:
         raise RecipeError("analyses: give at least one")
     recipe.check_names([a.name for a in analyses])
@@ -201,14 +206,15 @@ def view_of(ds: Dataset) -> View:
 def available_memory() -> int:
     """80 % of the memory that is free for new use, the control group's limit respected, in bytes."""
     free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
+    if Path("/proc/meminfo").exists():
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        free = min(free, int(limit)) if limit != "max" else free
-    except (OSError, ValueError):
-        log.debug("no /proc/meminfo or control group: planning with the physical memory")
+    # version 2 of control groups, and version 1, which writes a huge number for "no limit"
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        limit = Path("/sys/fs/cgroup") / name
+        text = limit.read_text(encoding="ascii").strip() if os.access(limit, os.R_OK) else "max"
+        free = min(free, int(text)) if text.isdigit() else free
     return int(0.8 * free)
 
 

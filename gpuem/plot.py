@@ -94,12 +94,17 @@ def draw(axes: Axes, bar: Axes, title: str, item: Map) -> None:
     else:
         options.update(vmin=low, vmax=high)
     image = axes.imshow(data, aspect=y.step / x.step, **options)
-    axes.set_facecolor("0.6")
+    # positions without a frame: no colour of any map
+    axes.patch.set(facecolor="0.9", edgecolor="0.4", hatch="////", linewidth=0)
     axes.set_title(title, fontsize=10, y=1.01)  # a given height spares a search for a free one
     axes.set_xticks([])
     axes.set_yticks([])
     logarithmic = LogLocator(subs=(1, 2, 5)) if isinstance(options.get("norm"), LogNorm) else None
-    axes.figure.colorbar(image, cax=bar, format="%.6g", ticks=logarithmic)
+    beyond = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
+    drawn = data[np.isfinite(data)]
+    lowest_drawn, highest_drawn = image.get_clim()
+    outside = bool((drawn < (lowest_drawn or 0.0)).any()), bool((drawn > (highest_drawn or 0.0)).any())
+    axes.figure.colorbar(image, cax=bar, format="%.6g", ticks=logarithmic, extend=beyond[outside])
     bar.set_title(item.units, fontsize=8, y=1.02, loc="left")
     bar.tick_params(labelsize=7)
     bar.minorticks_off()

@@ -94,11 +94,22 @@ def load(path: Path) -> tuple[Recipe, str]:
         text = path.read_text(encoding="utf-8")
         raw = tomllib.loads(text)
     except FileNotFoundError:
-        raise RecipeError(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: can't be read: {error}") from error
+        there = [p.name for p in path.parent.glob("*.toml")]
+        near = get_close_matches(path.name, there, 1)
+        raise RecipeError(f"{path.absolute()}: no such recipe{f'; did you mean {near[0]}?' if near else ''}") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path}: a folder, not a recipe; to look at a result use gpuem info") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not a text file; a recipe is TOML and names the data in [input]") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: can't be read: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path}: not TOML: {error}") from error
+        hint = (
+            "; every analysis begins with [[analysis]], in double brackets" if "Cannot overwrite" in str(error) else ""
+        )
+        raise RecipeError(f"{path}: not TOML: {error}{hint}") from error
+    if isinstance(raw.get("analysis"), dict):
+        raise RecipeError(f"{path}: every analysis begins with [[analysis]], in double brackets")
     recipe = check(raw, str(path))
     return _absolute(recipe, path.resolve().parent), text
 
@@ -182,7 +193,7 @@ def _reason(error: Any) -> str:
             error["ctx"]["tag"],
             [str(a.model_fields["kind"].default) for a in (Sum, VirtualDetector, CenterOfMass)],
         )
-        near = get_close_matches(str(tag), known, 1, 0.4)
+        near = get_close_matches(str(tag).lower(), known, 1, 0.4)
         return (
             f"kind {tag!r} is unknown"
             + (f"; did you mean {near[0]!r}?" if near else "")
@@ -192,6 +203,11 @@ def _reason(error: Any) -> str:
         return 'kind = "..." is missing'
     if kind == "missing":
         return "is missing"
+    if kind == "literal_error":
+        words = [word.strip("'") for word in str(error["ctx"]["expected"]).replace(" or ", ", ").split(", ")]
+        near = get_close_matches(str(error["input"]).lower(), words, 1, 0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{error['input']!r} is not one of {', '.join(words)}{hint}"
     message = str(error["msg"]).removeprefix("Value error, ")
     return message if kind == "value_error" else f"{message} (found {error.get('input')!r})"
 

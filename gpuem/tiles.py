@@ -119,7 +119,9 @@ def plan(
             f"(tile of {tiles[0]} frames: {_mb(tile_nbytes)}). Allow more ([run] memory), or store the data in chunks "
             "of fewer frames"
         )
-    return Plan(shards, tiles, fitting, {**fixed, f"{fitting} threads": fitting * per_thread})
+    return Plan(
+        shards, tiles, fitting, {**fixed, f"{fitting} thread{'s' if fitting > 1 else ''}": fitting * per_thread}
+    )
 
 
 def tile_shape(piece: Piece, frame_nbytes: int) -> tuple[int, ...]:

@@ -75,7 +75,7 @@ def test_devices_and_version():
     [
         (("run", "none.toml"), "no such recipe"),
         (("info", "none.npy"), "no such file"),
-        (("info", "recipe.toml"), "unknown kind of file"),
+        (("info", "recipe.toml"), "not supported"),
         (("check", "bad.toml"), "did you mean 'path'"),
     ],
 )

@@ -124,7 +124,7 @@ def test_closed_form_finds_rotation_and_flip_with_its_sign(angle, flip):
 @pytest.mark.parametrize("angle", [0, 30, -75, 120])
 def test_libertem_guess_is_on_its_grid_of_degrees(angle):
     seen = turn(attracted(), -angle, False)
-    residual, _, degrees = guess_rotation(seen, False, None, "libertem")
+    residual, _, degrees, _ = guess_rotation(seen, False, None, "libertem")
     assert degrees == angle
     grid = []
     for theta in range(360):
@@ -144,6 +144,10 @@ def test_auto_through_the_engine_and_its_limits():
     found = gpuem.run(frames, [gpuem.CenterOfMass(rotation="auto", flip="auto")])
     assert found["com/field_y"].attributes["rotation_deg"] == pytest.approx(33, abs=0.5)
     assert found["com/field_y"].attributes["flip"] is False
+    assert found["com/field_y"].attributes["curl_to_divergence"] < 0.2
+    noise = np.random.default_rng(0).poisson(5, (20, 20, 16, 16)).astype("u2")
+    lost = gpuem.run(noise, [gpuem.CenterOfMass(rotation="auto")])
+    assert lost["com/field_y"].attributes["curl_to_divergence"] > 0.8
     fixed = gpuem.run(frames, [gpuem.CenterOfMass(rotation=33.0, flip="auto")])
     assert fixed["com/field_y"].attributes["flip"] is False
     with pytest.raises(gpuem.RecipeError, match="2-D scan"):

@@ -100,7 +100,7 @@ def test_bad_files():
         gpuem.open("scan_1.npy")
     with open("a.xyz", "w") as stream:
         stream.write("x")
-    with pytest.raises(gpuem.InputError, match="unknown kind of file"):
+    with pytest.raises(gpuem.InputError, match="not supported"):
         gpuem.open("a.xyz")
     with pytest.raises(gpuem.InputError, match="a folder"):
         gpuem.open(".")

@@ -21,7 +21,7 @@ Regression = tuple[tuple[float, float], tuple[float, float], tuple[float, float]
 class CenterOfMass(Model):
     """Centre of mass of every frame: where the beam is deflected to.
 
-    Maps of scan shape: ``y``, ``x`` (px from the corner of the detector), ``shift_y``, ``shift_x`` (from the centre),
+    Maps of scan shape: ``y``, ``x`` (px from the centre of pixel (0, 0)), ``shift_y``, ``shift_x`` (from the centre),
     ``field_y``, ``field_x`` (the shift after flip, rotation and descan correction), ``magnitude``, ``divergence``,
     ``curl`` (of the field, per scan pixel; only for 2-D scans of at least 2x2), ``counts`` (inside the mask) and
     ``valid``. A frame without counts has shift 0 and is not valid; a position without a frame is NaN and not valid.
@@ -42,7 +42,9 @@ class CenterOfMass(Model):
     rotation : float or "auto"
         Then turn the vectors by this angle in degrees, positive from x towards y. It is the angle by which the
         detector's axes must be turned onto the scan's. "auto" finds the angle with the smallest curl in closed form
-        and picks of the two opposite ones that in which atoms attract electrons (divergence skewed to the negative).
+        and picks of the two opposite ones that in which atoms attract electrons (divergence skewed to the negative);
+        strong defocus can turn that by 180 degrees. The attribute ``curl_to_divergence`` of the maps says how sure it
+        is: far below 1 certain, near 1 the data don't tell.
     descan : {"none", "mean", "plane"} or 3x2 numbers
         What to subtract from the field: nothing, its mean, a plane fitted to it, or a given plane.
     compatible : {"gpuem", "libertem"}
@@ -90,14 +92,14 @@ class CenterOfMass(Model):
         com[~valid] = np.nan
         shift = com - center
         fitted = valid if self.compatible == "libertem" else counted
-        flip, rotation = self._orientation(view, shift, fitted)
+        flip, rotation, found = self._orientation(view, shift, fitted)
         vectors = turn(shift, rotation, flip)
         plane = self._plane(view, vectors, fitted)
         vectors = vectors - _design(view) @ plane
-        found = {"rotation_deg": rotation, "flip": flip, "center_y": center[0], "center_x": center[1]}
+        found |= {"rotation_deg": rotation, "flip": flip, "center_y": float(center[0]), "center_x": float(center[1])}
         maps = {
-            "y": self._map(view, com[:, 0], "centre of mass, y, from the corner of the detector"),
-            "x": self._map(view, com[:, 1], "centre of mass, x, from the corner of the detector"),
+            "y": self._map(view, com[:, 0], "centre of mass, y, from the centre of pixel (0, 0)"),
+            "x": self._map(view, com[:, 1], "centre of mass, x, from the centre of pixel (0, 0)"),
             "shift_y": self._map(view, shift[:, 0], "centre of mass, y, from the centre", found),
             "shift_x": self._map(view, shift[:, 1], "centre of mass, x, from the centre", found),
             "field_y": self._map(view, vectors[:, 0], "deflection along scan y, descan corrected", found),
@@ -128,17 +130,19 @@ class CenterOfMass(Model):
             "curl": Map(curl, view.scan, "px/px", "curl dFy/dx - dFx/dy of the deflection, per scan pixel"),
         }
 
-    def _orientation(self, view: View, shift: NDArray[np.float64], fitted: NDArray[np.bool_]) -> tuple[bool, float]:
-        """Flip and rotation in degrees, found where they are "auto"."""
+    def _orientation(
+        self, view: View, shift: NDArray[np.float64], fitted: NDArray[np.bool_]
+    ) -> tuple[bool, float, dict[str, Any]]:
+        """Flip, rotation in degrees, and how sure they are where they are "auto"."""
         if self.rotation != "auto" and self.flip != "auto":
-            return self.flip, self.rotation
+            return self.flip, self.rotation, {}
         if not _is_image(view):
             raise RecipeError(f'{self.name}: rotation or flip "auto" needs a 2-D scan of at least 2x2 positions')
         vectors = np.where(fitted[:, None], shift, np.nan).reshape(*view.scan_shape, 2)
         flips = (False, True) if self.flip == "auto" else (self.flip,)
         angle = None if self.rotation == "auto" else self.rotation
         best = min((guess_rotation(vectors, f, angle, self.compatible) for f in flips), key=lambda found: found[0])
-        return best[1], best[2]
+        return best[1], best[2], {"curl_to_divergence": float(np.sqrt(best[0] / best[3])) if best[3] else 1.0}
 
     def _plane(self, view: View, vectors: NDArray[np.float64], fitted: NDArray[np.bool_]) -> NDArray[np.float64]:
         if isinstance(self.descan, tuple):
@@ -170,7 +174,7 @@ def divergence_and_curl(vectors: NDArray[np.float64]) -> tuple[NDArray[np.float6
 
 def guess_rotation(
     vectors: NDArray[np.float64], flip: bool, angle: float | None, compatible: str
-) -> tuple[float, bool, float]:
+) -> tuple[float, bool, float, float]:
     """The rotation that leaves the least curl.
 
     Turning a field by t turns (curl, divergence) into (cos t curl + sin t div, cos t div - sin t curl). The mean square
@@ -185,6 +189,9 @@ def guess_rotation(
         As given.
     degrees : float
         The rotation, in (-180, 180].
+    divergence : float
+        Mean square of the divergence after that rotation. A residual far below it says that the rotation is
+        certain; one as large as it, that the data don't tell.
     """
     divergence, curl = divergence_and_curl(turn(vectors, 0.0, flip))
     if compatible == "libertem":
@@ -196,7 +203,8 @@ def guess_rotation(
     form = np.array([[curl @ curl, curl @ divergence], [curl @ divergence, divergence @ divergence]]) / curl.size
     if angle is not None:
         c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-        return float(np.array([c, s]) @ form @ np.array([c, s])), flip, angle
+        residual = float(np.array([c, s]) @ form @ np.array([c, s]))
+        return residual, flip, angle, float(np.trace(form)) - residual
     if compatible == "libertem":
         grid = np.radians(np.arange(180))
         directions = np.stack([np.cos(grid), np.sin(grid)])
@@ -214,7 +222,7 @@ def guess_rotation(
     else:
         wrong = np.mean((turned - turned.mean()) ** 3) > 0
     degrees += 180.0 if wrong else 0.0
-    return residual, flip, 180.0 - (180.0 - degrees) % 360.0
+    return residual, flip, 180.0 - (180.0 - degrees) % 360.0, float(np.trace(form)) - residual
 
 
 def _design(view: View) -> NDArray[np.float64]:

@@ -67,7 +67,9 @@ def find_format(path: Path) -> str:
                 return "empad"
             return name
     known = ", ".join(s for suffixes in FORMATS.values() for s in suffixes)
-    raise InputError(f'{path}: unknown kind of file; known: {known}. If it is one of them, say format = "..."')
+    raise InputError(
+        f'{path}: this kind of file is not supported; supported: {known}. If it is one of those under another name, say format = "..."'
+    )
 
 
 def check_readable(path: Path) -> None:
