@@ -97,8 +97,9 @@ class Dataset:
             A frame asked for is missing or broken.
         """
         key = index if isinstance(index, tuple) else (index,)
-        if Ellipsis in key:
-            at = key.index(Ellipsis)
+        dots = [k for k, item in enumerate(key) if item is Ellipsis]
+        if dots:
+            at = dots[0]
             key = (*key[:at], *[slice(None)] * (len(self.shape) - len(key) + 1), *key[at + 1 :])
         scan, detector = key[: len(self.scan)], key[len(self.scan) :]
         chosen = np.arange(self.positions).reshape(self.scan_shape)[scan]
@@ -109,6 +110,8 @@ class Dataset:
         """Frames by their flat index in file order."""
         out = np.empty((indices.size, *self.frame_shape), self.dtype)
         found = np.zeros(indices.size, np.bool_)
+        order = np.argsort(indices, kind="stable")
+        ordered, size = indices[order], math.prod(self.frame_shape)
         self.files.check()
         for piece in self.source.pieces:
             mine = indices[(indices >= piece.start) & (indices < piece.start + piece.frames)]
@@ -119,10 +122,11 @@ class Dataset:
                 for item in cpu.load(self.source, self.files, piece, box, keep):
                     if not isinstance(item, Block):
                         raise DataError(f"{describe(item.indices)}: {item.message}", tuple(item.indices.tolist()))
-                    for frame, start in zip(item.indices, item.frames.starts, strict=True):
-                        stop = start + math.prod(self.frame_shape)
-                        out[indices == frame] = item.frames.pixels[start:stop].reshape(self.frame_shape)
-                        found |= indices == frame
+                    firsts, ends = (np.searchsorted(ordered, item.indices, side) for side in ("left", "right"))
+                    for start, first, end in zip(item.frames.starts, firsts, ends, strict=True):
+                        rows = order[first:end]
+                        out[rows] = item.frames.pixels[start : start + size].reshape(self.frame_shape)
+                        found[rows] = True
         if not found.all():
             raise DataError(f"{describe(indices[~found])} not in the file", tuple(indices[~found].tolist()))
         return out
@@ -176,9 +180,8 @@ def open(  # noqa: A001
         raise RecipeError("path: no file is given")
     options = {key: value for key, value in options.items() if value is not None}
     paths = tuple(Path(p).expanduser() for p in many)
-    return arrange(
-        read_header(paths, format, **({"fit": True} if fit else {}), **options), scan, skip, fit, calibration
-    )
+    source = read_header(paths, format, scan, **({"fit": True} if fit else {}), **options)
+    return arrange(source, scan, skip, fit, calibration)
 
 
 def of_array(data: Any) -> Dataset:
@@ -204,6 +207,8 @@ def arrange(
     """
     name = source.files[0].path if source.files else "array"
     there = source.frames - skip
+    if scan is not None and not all(isinstance(n, int | np.integer) for n in scan):
+        raise RecipeError(f"{name}: scan {scan!r}: needed are whole numbers, such as (256, 256)")
     shape = tuple(int(n) for n in scan) if scan is not None else (source.scan_shape if skip == 0 else (there,))
     if not shape or min(shape) < 1:
         raise RecipeError(f"{name}: scan {list(shape)} with skip {skip}: every axis needs at least one position")
@@ -223,6 +228,9 @@ def arrange(
     if scan is not None and len(source.scan_shape) > 1 and shape != source.scan_shape:
         there_is = " x ".join(map(str, source.scan_shape))
         notes.append(f"{name}: the file says a scan of {there_is}; it is read as {' x '.join(map(str, shape))}")
+    if scan is None and skip and len(source.scan_shape) > 1:
+        there_is = " x ".join(map(str, source.scan_shape))
+        notes.append(f"{name}: the file says a scan of {there_is}; with skip it is read as {there} in a row: give scan")
     if skip < 0:
         notes.append(f"the first {-skip} positions have no frame (skip = {skip})")
     axes = source.scan if source.scan and tuple(a.size for a in source.scan) == shape else scan_axes(shape)
@@ -233,6 +241,9 @@ def arrange(
                 f"calibration: {key!r} is unknown; known: scan_step, scan_unit, detector_step, detector_unit"
             )
     given = dict(calibration or {})
+    for part in ("scan", "detector"):
+        if given.get(f"{part}_unit") is not None and given.get(f"{part}_step") is None:
+            raise RecipeError(f"calibration: {part}_unit needs {part}_step, the size of a pixel")
     if given.get("scan_step") is not None:
         axes = calibrate(axes, _steps(given["scan_step"]), given.get("scan_unit") or "nm")
     if given.get("detector_step") is not None:

@@ -93,7 +93,8 @@ def run_shard(job: Job, index: int) -> Partial:
     seconds = {"load": 0.0, "compute": 0.0}
     done = 0
     extents = _extents(job.source, piece, tile, shard)
-    for extent in extents:
+    # with a region of interest, only what is touched is read
+    for extent in extents if job.wanted.all() else ():
         job.files.will_need(*extent)
     for box in tiles.boxes(piece, tile, shard):
         if job.stop.is_set():
@@ -110,7 +111,7 @@ def run_shard(job: Job, index: int) -> Partial:
             if isinstance(item, Lost):
                 lost.append(_refuse_or_mask(job, item))
             else:
-                good, bad = _without_nan(job, item)
+                good, bad = _without_unusable(job, item)
                 lost.extend(bad)
                 job.backend.add_frames(good.frames, job.prepared, sums, done)
                 positions[done : done + good.indices.size] = good.indices - job.skip
@@ -124,14 +125,13 @@ def run_shard(job: Job, index: int) -> Partial:
     return Partial(index, positions[:done], sums, tuple(lost), done * job.source.frame_nbytes, seconds)
 
 
-def _without_nan(job: Job, block: Block) -> tuple[Block, list[Lost]]:
-    """The block without frames that hold NaN or infinity, and those."""
-    finite = job.backend.finite(block.frames)
-    if finite.all():
+def _without_unusable(job: Job, block: Block) -> tuple[Block, list[Lost]]:
+    """The block without frames that hold NaN, infinity or too large counts, and those."""
+    good, reason = job.backend.usable(block.frames)
+    if good.all():
         return block, []
-    item = Lost(block.indices[~finite], "NaN or infinity among the pixels")
-    frames = type(block.frames)(block.frames.pixels, block.frames.starts[finite], block.frames.shape)
-    return Block(frames, block.indices[finite]), [_refuse_or_mask(job, item)]
+    frames = type(block.frames)(block.frames.pixels, block.frames.starts[good], block.frames.shape)
+    return Block(frames, block.indices[good]), [_refuse_or_mask(job, Lost(block.indices[~good], reason))]
 
 
 def _refuse_or_mask(job: Job, item: Lost) -> Lost:

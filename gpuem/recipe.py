@@ -17,8 +17,12 @@ from gpuem.errors import RecipeError
 AnyAnalysis = Annotated[Sum | VirtualDetector | CenterOfMass, Field(discriminator="kind")]
 
 
+# names that have a meaning of their own in a result
+RESERVED = ("valid", "zarr.json", "scan_y", "scan_x", "detector_y", "detector_x", "term", "component")
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Input(_Section):
@@ -35,8 +39,8 @@ class Input(_Section):
     dataset: str | None = None
     skip: int = 0
     fit: bool = False
-    roi: tuple[int, int, int, int] | Path | None = Field(
-        default=None, description="[y0, y1, x0, x1] (ends excluded), or a boolean .npy of scan shape"
+    roi: list[int] | Path | None = Field(
+        default=None, description="first and end (excluded) for every scan axis, or a boolean .npy of scan shape"
     )
 
 
@@ -129,6 +133,8 @@ def check(raw: dict[str, Any], where: str) -> Recipe:
 def check_names(names: list[str]) -> None:
     """Raise RecipeError unless the analyses' names differ."""
     for name in names:
+        if name in RESERVED or len(name) > 100:
+            raise RecipeError(f'analysis name "{name}": this name is taken or too long; choose another')
         if names.count(name) > 1:
             raise RecipeError(
                 f'analysis name "{name}" is used {names.count(name)} times; give each its own name = "..."'
@@ -143,7 +149,7 @@ def parse_memory(value: str | int) -> int:
     unit = text[len(number) :].strip() or "b"
     try:
         nbytes = int(float(number) * units[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise RecipeError(f'memory {value!r}: write bytes, "500 MB" or "4 GB"') from None
     if nbytes <= 0:
         raise RecipeError(f"memory {value!r}: must be positive")

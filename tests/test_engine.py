@@ -127,9 +127,20 @@ def test_many_frames_do_not_overflow_the_shard_total(monkeypatch, most):
 
 
 def test_wide_integers_that_would_overflow_are_refused():
-    data = np.full((2, 64, 64), 2**61, np.int64)
-    with pytest.raises(gpuem.DataError, match="64 bits"):
+    data = np.full((3, 64, 64), 5, np.int64)
+    data[1, 2, 3] = -(2**61)
+    with pytest.raises(gpuem.DataError, match="frame 1: counts too large for exact sums in 64 bits"):
         gpuem.run(data, [gpuem.Sum()])
+    found = gpuem.run(data, [gpuem.Sum()], on_error="mask")
+    assert found["valid"].data.tolist() == [True, False, True]
+
+
+def test_one_dead_pixel_at_full_scale_of_a_large_detector_is_summed():
+    data = np.ones((2, 2162, 2068), np.uint32)
+    data[0, 2000, 3] = 2**32 - 1
+    found = gpuem.run(data, [gpuem.Sum(), gpuem.CenterOfMass()])
+    assert found["com/counts"].data.tolist() == [2162 * 2068 - 1 + 2**32 - 1, 2162 * 2068]
+    assert found["com/y"].data[0] == reference.com(data[:1], (0, 0))[0, 0]
 
 
 def test_floats_give_the_same_bits_for_any_number_of_threads(cuts):

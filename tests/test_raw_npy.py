@@ -105,7 +105,7 @@ def test_bad_files():
     with pytest.raises(gpuem.InputError, match="a folder"):
         gpuem.open(".")
     np.save("c.npy", np.ones((2, 2, 2), complex))
-    with pytest.raises(gpuem.RecipeError, match="integers or floats"):
+    with pytest.raises(gpuem.InputError, match="integers or floats"):
         gpuem.open("c.npy")
     np.save("v.npy", np.ones(4))
     with pytest.raises(gpuem.InputError, match="no frames"):

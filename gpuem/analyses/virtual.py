@@ -16,6 +16,7 @@ from gpuem.analyses.model import Model, Name, center_on
 from gpuem.axes import to_pixels
 from gpuem.backends import Sums, Weights
 from gpuem.errors import RecipeError
+from gpuem.formats.array import read_array
 
 _FIELDS = {
     "disk": {"center", "outer", "unit"},
@@ -60,7 +61,8 @@ class VirtualDetector(Model):
     start : float
         Where sector 0 begins, in degrees from the x axis, turning from x towards y (clockwise on the screen).
     mask : path or array
-        A .npy or .tif file, or an array (y, x). Booleans and 0/1 select pixels, exactly; other numbers are weights.
+        A .npy or .tif file, or an array (y, x). Booleans and 0/1 select pixels, exactly; other numbers are
+        weights, kept in single precision for pixels of up to 16 bits.
     """
 
     kind: Literal["virtual"] = "virtual"
@@ -145,30 +147,18 @@ class VirtualDetector(Model):
 
 def _load_mask(mask: Path | NDArray[Any], shape: tuple[int, int], name: str) -> NDArray[Any]:
     """A mask as bool where it only selects, else as float weights."""
-    array, where = (mask, "array") if isinstance(mask, np.ndarray) else (_read_mask(mask, name), str(mask))
+    array, where = (mask, "array") if isinstance(mask, np.ndarray) else (read_array(mask, f"{name}: mask"), str(mask))
     if array.shape != shape:
         raise RecipeError(f"{name}: mask {where} has shape {array.shape}, the detector {shape}; they must be equal")
     if array.dtype.kind not in "buif":
         raise RecipeError(f"{name}: mask {where} holds {array.dtype}, not numbers")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise RecipeError(f"{name}: mask {where} holds NaN or infinity; set those pixels to 0")
+    # weights are kept in single precision
+    if array.dtype.kind == "f" and not (np.abs(array) < 1e30).all():
+        raise RecipeError(f"{name}: mask {where} holds NaN, infinity or weights of 1e30 and more; set those pixels to 0")
     if not array.any():
         raise RecipeError(f"{name}: mask {where} selects no pixel")
     binary = array.dtype == np.bool_ or np.isin(array, (0, 1)).all()
     return array.astype(np.bool_ if binary else np.float64)
-
-
-def _read_mask(path: Path, name: str) -> NDArray[Any]:
-    try:
-        if path.suffix.lower() == ".npy":
-            return np.asarray(np.load(path, allow_pickle=False))
-        if path.suffix.lower() in (".tif", ".tiff"):
-            import tifffile
-
-            return np.asarray(tifffile.imread(path))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{name}: mask {path} can't be read: {error}") from error
-    raise RecipeError(f"{name}: mask {path}: write it as .npy or .tif")
 
 
 def disk(shape: tuple[int, int], center: tuple[float, float], outer: float, inner: float = 0.0) -> NDArray[np.bool_]:

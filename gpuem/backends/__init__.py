@@ -6,7 +6,7 @@
     prepare(weights, shape, dtype)            what stays the same for all frames: spans, padded weights
     new_sums(prepared, frames)                empty accumulators for a shard
     add_frames(frames, prepared, sums, at)    sums, masks, moments of a block of frames
-    finite(frames)                            which frames hold neither NaN nor infinity
+    usable(frames)                            which frames can be summed exactly
 """
 
 from __future__ import annotations

@@ -13,9 +13,8 @@ from gpuem.backends import Frames, Sums, Weights
 from gpuem.backends import cpu_kernels as kernels
 from gpuem.backends.cpu_load import load
 from gpuem.backends.cpu_vectors import LANES, PITCH
-from gpuem.errors import DataError
 
-__all__ = ["NAME", "Prepared", "add_frames", "finite", "load", "new_sums", "prepare"]
+__all__ = ["NAME", "Prepared", "add_frames", "load", "new_sums", "prepare", "usable"]
 
 NAME = "cpu"
 # the second-level cache of current processors holds 1 to 2 MiB per core
@@ -39,7 +38,6 @@ class Prepared:
     whole: NDArray[np.int64]
     region_spans: NDArray[np.int64]
     images: NDArray[np.floating[Any]]
-    limit: float
 
 
 def prepare(weights: Weights, shape: tuple[int, int], dtype: np.dtype[Any]) -> Prepared:
@@ -71,7 +69,6 @@ def prepare(weights: Weights, shape: tuple[int, int], dtype: np.dtype[Any]) -> P
         np.array([k for k, mask in enumerate(weights.moments) if mask is None], np.int64),
         _spans(regions, shape, longest=kernels.STRIP),
         images,
-        _safe_magnitude(shape, dtype),
     )
 
 
@@ -104,15 +101,8 @@ def add_frames(frames: Frames, prepared: Prepared, sums: Sums, at: int) -> None:
         Accumulators; rows `at` to `at` + n belong to these frames.
     at : int
         Row of the first frame.
-
-    Raises
-    ------
-    DataError
-        64-bit integers too large to be summed exactly.
     """
     count = frames.starts.size
-    if math.isfinite(prepared.limit):
-        _check_magnitude(frames, prepared.limit)
     rows = slice(at, at + count)
     if prepared.images.size:
         kernels.image_sums(frames.pixels, frames.starts, prepared.images, sums.images[rows])
@@ -132,12 +122,19 @@ def add_frames(frames: Frames, prepared: Prepared, sums: Sums, at: int) -> None:
         sums.moments[rows, whole] = moments[:, None]
 
 
-def finite(frames: Frames) -> NDArray[np.bool_]:
-    """Which frames hold neither NaN nor infinity; all of them for integer pixels."""
+def usable(frames: Frames) -> tuple[NDArray[np.bool_], str]:
+    """Which frames can be summed exactly, and what is wrong with the others: NaN, infinity, overflow."""
+    dtype, shape = frames.pixels.dtype, frames.shape
     out = np.ones(frames.starts.size, np.bool_)
-    if frames.pixels.dtype.kind == "f":
-        kernels.all_finite(frames.pixels, frames.starts, math.prod(frames.shape), out)
-    return out
+    if dtype.kind == "f":
+        kernels.all_finite(frames.pixels, frames.starts, math.prod(shape), out)
+        return out, "NaN or infinity among the pixels"
+    if dtype.itemsize >= 4 and (dtype.itemsize == 8 or math.prod(shape) * max(shape) >= 2**31):
+        found = np.empty((frames.starts.size, 2), np.float64)
+        kernels.magnitudes(frames.pixels, frames.starts, math.prod(shape), found)
+        # a moment is at most the frame's sum times the longer side; many such frames must fit into a total
+        out = (found[:, 0] <= 2.0**32) & (found[:, 1] * max(shape) < 2.0**62)
+    return out, "counts too large for exact sums in 64 bits (a pixel beyond 2^32, or a frame's sum); convert to float64"
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -202,21 +199,3 @@ def _mask_tables(masks: tuple[NDArray[np.bool_], ...], shape: tuple[int, int]) -
         np.concatenate(edges),
         np.concatenate(chosen).reshape(-1),
     )
-
-
-def _safe_magnitude(shape: tuple[int, int], dtype: np.dtype[Any]) -> float:
-    """Largest pixel value with which no moment can overflow 64 bits; infinite where the type can't exceed it."""
-    if dtype.kind == "f":
-        return math.inf
-    limit = 2.0**63 / (math.prod(shape) * max(shape))
-    return math.inf if np.iinfo(dtype).max < limit else min(limit, 2.0**53)
-
-
-def _check_magnitude(frames: Frames, limit: float) -> None:
-    largest = np.empty(frames.starts.size, np.float64)
-    kernels.largest_magnitude(frames.pixels, frames.starts, math.prod(frames.shape), largest)
-    if largest.max(initial=0.0) >= limit:
-        raise DataError(
-            f"a pixel of {largest.max():.6g} counts: sums of {frames.shape[0]}x{frames.shape[1]} such pixels "
-            f"don't fit into 64 bits (limit {limit:.6g}); convert the data to float64"
-        )

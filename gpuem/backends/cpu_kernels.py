@@ -257,10 +257,14 @@ def all_finite(pixels: Any, starts: Any, size: Any, out: Any) -> None:
 
 
 @kernel  # type: ignore[untyped-decorator, unused-ignore]
-def largest_magnitude(pixels: Any, starts: Any, size: Any, out: Any) -> None:
-    """out[i]: the largest distance from zero in frame i, as float64."""
+def magnitudes(pixels: Any, starts: Any, size: Any, out: Any) -> None:
+    """out[i]: the largest distance from zero in frame i, and the sum of all distances, as float64."""
     for i in range(starts.size):
         largest = 0.0
+        total = 0.0
         for p in range(size):
-            largest = max(largest, abs(np.float64(pixels[starts[i] + p])))
-        out[i] = largest
+            distance = abs(np.float64(pixels[starts[i] + p]))
+            largest = max(largest, distance)
+            total += distance
+        out[i, 0] = largest
+        out[i, 1] = total

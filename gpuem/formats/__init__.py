@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -18,9 +19,11 @@ FORMATS = {
     "empad": (".xml",),
     "raw": (".raw", ".bin", ".dat"),
 }
+# formats whose files follow one another
+SEVERAL = ("raw", "mib")
 
 
-def read_header(paths: tuple[Path, ...], format: str | None = None, **options: Any) -> Source:  # noqa: A002
+def read_header(paths: tuple[Path, ...], format: str | None = None, scan: Sequence[int] | None = None, **options: Any) -> Source:  # noqa: A002
     """Describe files by their headers.
 
     Parameters
@@ -29,6 +32,8 @@ def read_header(paths: tuple[Path, ...], format: str | None = None, **options: A
         One file, or several that belong together in this order.
     format : str
         Name of the format; by default found by the file's name.
+    scan : sequence of int
+        Shape of the scan, for formats whose header may say another.
     **options
         What the file doesn't say; those of the format's own `read_header`.
 
@@ -46,13 +51,17 @@ def read_header(paths: tuple[Path, ...], format: str | None = None, **options: A
         near = get_close_matches(name, FORMATS, 1)
         raise RecipeError(f"format {name!r} is unknown; {f'did you mean {near[0]!r}? ' if near else ''}"
                           f"known: {', '.join(FORMATS)}")  # fmt: skip
+    if len(paths) > 1 and name not in SEVERAL:
+        raise RecipeError(f"{paths[0]} and {len(paths) - 1} more: {name} files are read one at a time")
     read = import_module(f"gpuem.formats.{name}").read_header
     allowed = inspect.signature(read).parameters
+    if scan is not None and "scan" in allowed:
+        options["scan"] = tuple(scan)
     for key in options:
         if key not in allowed:
             raise RecipeError(
                 f"{paths[0]}: format {name!r} has no option {key!r} (the file itself says that); "
-                f"its options: {', '.join(k for k in allowed if k != 'paths')}"
+                f"its options: {', '.join(k for k in allowed if k not in ('paths', 'scan'))}"
             )
     source: Source = read(paths, **options)
     return source
@@ -68,13 +77,18 @@ def find_format(path: Path) -> str:
             return name
     known = ", ".join(s for suffixes in FORMATS.values() for s in suffixes)
     raise InputError(
-        f'{path}: this kind of file is not supported; supported: {known}. If it is one of those under another name, say format = "..."'
+        f"{path}: this kind of file is not supported; supported: {known}. "
+        'If it is one of those under another name, say format = "..."'
     )
 
 
 def check_readable(path: Path) -> None:
     """Raise InputError unless `path` is a readable file with something in it."""
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    if not there:
         near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1) if path.parent.is_dir() else []
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(f"{path}: no such file{hint}")

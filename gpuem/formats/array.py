@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuem.errors import InputError
+from gpuem.errors import InputError, RecipeError
 from gpuem.formats.raw import native_type, pixel_type
 from gpuem.formats.source import Box, Calls, Piece, Source
 
@@ -18,8 +19,14 @@ def describe(array: Any) -> Source:
     Raises
     ------
     InputError
-        It has no frames, or its pixels aren't real numbers.
+        It has no frames, or is no array of plain numbers.
+    RecipeError
+        Its pixels aren't real numbers.
     """
+    if isinstance(array, np.ma.MaskedArray):
+        raise InputError("a masked array: say roi = ~array.mask for scan positions, or fill it first")
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        raise InputError(f"{type(array).__name__} is neither a data set nor an array; open a file with gpuem.open")
     shape = tuple(int(n) for n in array.shape)
     if len(shape) < 2 or 0 in shape:
         raise InputError(f"an array of shape {shape} has no frames; (scan..., y, x) is needed")
@@ -38,3 +45,24 @@ def describe(array: Any) -> Source:
     chunk = tuple(int(c) for c in chunks[: len(nav)]) if chunks and len(shape) > 2 else (1,) * len(nav)
     piece = Piece(0, nav, Calls(read, chunk, concurrent=True), stored)
     return Source(type(array).__name__, (), (piece,), piece.frames, frame, native_type(stored), nav)
+
+
+def read_array(path: Path, what: str) -> NDArray[Any]:
+    """A small array (a mask, a region) from a .npy or .tif file.
+
+    Raises
+    ------
+    RecipeError
+        The file can't be read, whatever the reason; `what` says what it was for.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in (".npy", ".tif", ".tiff"):
+        raise RecipeError(f"{what} {path}: write it as .npy or .tif")
+    try:
+        if suffix == ".npy":
+            return np.asarray(np.load(path, allow_pickle=False))
+        import tifffile
+
+        return np.asarray(tifffile.imread(path))
+    except Exception as error:  # noqa: BLE001 - damaged files raise all kinds of errors, and all mean the same
+        raise RecipeError(f"{what} {path}: can't be read: {error}") from error

@@ -20,7 +20,6 @@ from gpuem.formats.hdf5_file import Files, opened, pixel_type, type_name, walk
 from gpuem.formats.hdf5_layout import beside, describe
 from gpuem.formats.source import Piece, Source
 
-SUFFIXES = (".h5", ".hdf5", ".hdf", ".hspy", ".nxs", ".emd", ".he5")
 _SERIES = ("entry/data", "entry")
 _COUNTS = "entry/instrument/detector/detectorSpecific"
 
@@ -71,7 +70,7 @@ def datasets(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
 
 def _source(files: Files, pieces: list[Piece], shape: tuple[int, ...], stored: np.dtype[Any], **more: Any) -> Source:
     """A Source of these pieces for an array of shape (nav..., y, x)."""
-    native = np.dtype("f4") if stored == np.dtype("f2").newbyteorder(stored.byteorder) else stored.newbyteorder("=")
+    native = native_type(stored)
     nav = shape[:-2] or (1,)
     met = tuple(files.met.values())
     notes = tuple(files.notes)

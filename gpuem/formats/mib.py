@@ -20,7 +20,6 @@ from gpuem.formats import mib_files
 from gpuem.formats.mib_files import Frames, integer, parse_hdr
 from gpuem.formats.source import Piece, Runs, Source
 
-SUFFIXES = (".mib", ".hdr")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from gpuem.errors import InputError, TruncatedError
 from gpuem.formats.raw import native_type, pixel_type
 from gpuem.formats.source import File, Piece, Runs, Source, Strided
 
-SUFFIXES = (".npy",)
 
 
 def read_header(paths: tuple[Path, ...], *, fit: bool = False) -> Source:
@@ -43,6 +43,12 @@ def read_header(paths: tuple[Path, ...], *, fit: bool = False) -> Source:
         raise InputError(f"{path}: shape {shape} holds no pixels")
     notes: tuple[str, ...] = ()
     whole = frames
+    if file.size > offset + frames * frame_bytes:
+        rest = file.size - offset - frames * frame_bytes
+        message = f"{path}: {rest} bytes more than its header {shape} {stored.name} promises"
+        if not fit:
+            raise InputError(f"{message}; its header is wrong, or set fit = true to leave them out")
+        notes = (message,)
     if file.size < offset + frames * frame_bytes:
         whole = (file.size - offset) // frame_bytes
         message = f"{path}: {file.size} bytes hold {whole} of the {frames} frames that its header {shape} promises"
@@ -65,8 +71,10 @@ def _parse(path: Path) -> tuple[tuple[int, ...], bool, np.dtype[np.generic], int
             version = npy.read_magic(stream)
             read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
             shape, fortran, dtype = read(stream)
-        except (ValueError, SyntaxError, KeyError) as error:
+        except (ValueError, SyntaxError, KeyError, TypeError, tokenize.TokenError, RecursionError, MemoryError) as error:
             raise InputError(f"{path}: not a .npy file, or its header is damaged ({error})") from error
         if dtype.hasobject:
             raise InputError(f"{path}: holds pickled Python objects; gpuem never unpickles data")
+        if dtype.kind not in "uifb" or dtype.itemsize > 8:
+            raise InputError(f"{path}: holds {dtype}, not integers or floats of at most 8 bytes")
         return shape, fortran, pixel_type(dtype.str), stream.tell()

@@ -10,7 +10,6 @@ import numpy as np
 from gpuem.errors import InputError, RecipeError, TruncatedError
 from gpuem.formats.source import File, Piece, Runs, Source
 
-SUFFIXES = (".raw", ".bin", ".dat")
 
 
 def read_header(
@@ -50,44 +49,43 @@ def read_header(
     if frame is None or dtype is None:
         raise RecipeError(f'{paths[0]}: a raw file says nothing of itself; give frame = [256, 256], dtype = "uint16"')
     stored = pixel_type(dtype)
+    if len(frame) != 2:
+        raise RecipeError(f"frame {list(frame)}: needed are two numbers, (y, x)")
     if min(*frame, 1) < 1 or min(offset, header, footer) < 0:
         raise RecipeError(f"frame {frame}, offset {offset}, header {header}, footer {footer}: must not be negative")
     frame_bytes = math.prod(frame) * stored.itemsize
     stride = header + frame_bytes + footer
     files = tuple(File.of(path) for path in paths)
     what = f"{frame[0]}x{frame[1]} {stored.name}"
-    counted = [_whole_frames(file, what, offset, stride, header + frame_bytes, fit) for file in files]
-    counts, notes = [count for count, _ in counted], [note for _, note in counted if note]
-    if sum(counts) == 0:
+    pieces, notes, total = [], [], 0
+    for k, file in enumerate(files):
+        whole, cut, note = _whole_frames(file, what, offset, stride, header + frame_bytes, fit)
+        layout = Runs.one(offset + header, whole, stride, frame_bytes, file=k)
+        pieces.append(Piece(total, (whole,), layout, stored))
+        notes += [note] if note else []
+        # a frame that is cut keeps its place, or all that follow would be shifted
+        total += whole + (cut and k + 1 < len(files))
+    pieces = [piece for piece in pieces if piece.frames]
+    if not pieces:
         raise InputError(f"{paths[0]}: {files[0].size} bytes, not one whole frame of {frame_bytes} bytes")
-    frames = np.array(counts, np.int64)
-    layout = Runs(
-        np.arange(len(files), dtype=np.int64),
-        np.full(len(files), offset + header, np.int64),
-        frames,
-        np.full(len(files), stride, np.int64),
-        frame_bytes,
-    )
-    total = int(frames.sum())
-    piece = Piece(0, (total,), layout, stored)
-    return Source("raw", files, (piece,), total, frame, native_type(stored), (total,), notes=tuple(notes))
+    return Source("raw", files, tuple(pieces), total, frame, native_type(stored), (total,), notes=tuple(notes))
 
 
-def _whole_frames(file: File, what: str, offset: int, stride: int, needed: int, fit: bool) -> tuple[int, str]:
-    """Number of whole frames in a file, and a note where something is left over."""
+def _whole_frames(file: File, what: str, offset: int, stride: int, needed: int, fit: bool) -> tuple[int, bool, str]:
+    """Number of whole frames in a file, whether another one is cut, and a note where something is left over."""
     whole, rest = divmod(max(file.size - offset, 0), stride)
     # the last frame is whole without its footer
     if rest >= needed:
         whole, rest = whole + 1, 0
     if rest == 0 and file.size >= offset:
-        return whole, ""
+        return whole, False, ""
     message = (
         f"{file.path}: {file.size} bytes hold {whole} whole frames of {what} after {offset} bytes, "
         f"and {rest} bytes more"
     )
     if not fit:
         raise TruncatedError(f"{message}; check frame, dtype and offset, or set fit = true to go on", whole)
-    return whole, message
+    return whole, rest > 0, message
 
 
 def pixel_type(name: str) -> np.dtype[np.generic]:
@@ -103,4 +101,4 @@ def pixel_type(name: str) -> np.dtype[np.generic]:
 
 def native_type(stored: np.dtype[np.generic]) -> np.dtype[np.generic]:
     """The type in which stored pixels are handed out: native byte order, half precision widened to single."""
-    return np.dtype(np.float32) if stored == np.float16 else stored.newbyteorder("=")
+    return np.dtype(np.float32) if stored.kind == "f" and stored.itemsize == 2 else stored.newbyteorder("=")
