@@ -73,7 +73,7 @@ def check(recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file."
 
     loaded, _ = recipes.load(recipe)
     ds = job.open_input(loaded)
-    prepared = job.prepare(ds, loaded.analysis, roi=loaded.input.roi, **job.run_options(loaded))
+    prepared = job.prepare(ds, loaded.analysis, loaded.run, loaded.input.roi)
     plan = prepared.plan
     _describe_data(ds)
     wanted = int(prepared.wanted.sum())
@@ -162,23 +162,16 @@ def demo(folder: Annotated[Path, typer.Argument(help="Where to write the demo; i
 
 
 def _run(recipe: Path, overwrite: bool) -> tuple[Results, Path]:
-    from gpuem import job, results
-    from gpuem import recipe as recipes
+    from gpuem import job
 
-    loaded, text = recipes.load(recipe)
-    results.check_writable(loaded.output.path, overwrite=overwrite)
-    ds = job.open_input(loaded)
-    for note in ds.notes:
-        err.print(f"note: {escape(note)}")
     try:
-        with _progress(ds) as advance:
-            found = job.run(ds, loaded.analysis, roi=loaded.input.roi, progress=advance, **job.run_options(loaded))
+        found, where = job.run_recipe(recipe, overwrite=overwrite, watch=_progress)
     except KeyboardInterrupt:
         err.print("stopped; nothing was written")
         raise typer.Exit(130) from None
-    found.provenance["recipe"] = text
-    where = found.save(loaded.output.path, overwrite=overwrite)
-    if loaded.output.previews:
+    from gpuem import recipe as recipes
+
+    if recipes.load(recipe)[0].output.previews:
         _previews(found, where)
     return found, where
 
@@ -187,7 +180,9 @@ def _previews(found: Results, where: Path) -> None:
     try:
         from gpuem import plot
 
-        folder = where.with_suffix(".previews")
+        folder = where.parent / (where.name.removesuffix(".zarr") + ".previews")
+        if folder == where:
+            folder = where.parent / f"{where.name}.pictures"
         plot.save_previews(found, folder)
         out.print(f"pictures         {escape(str(folder))}")
     except ImportError:
@@ -199,7 +194,7 @@ def _previews(found: Results, where: Path) -> None:
 class _progress:  # noqa: N801
     """A bar with GB/s and time left on a terminal, nothing elsewhere."""
 
-    def __init__(self, ds: Dataset) -> None:
+    def __init__(self, ds: Dataset, frames: int) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.frame_nbytes = ds.source.frame_nbytes
@@ -208,7 +203,9 @@ class _progress:  # noqa: N801
             TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
             console=err, transient=True, disable=not err.is_terminal,
         )  # fmt: skip
-        self.task = self.bar.add_task("frames", total=ds.source.frames, rate="")
+        self.task = self.bar.add_task("frames", total=frames, rate="")
+        for note in ds.notes:
+            err.print(f"note: {escape(note)}")
 
     def __enter__(self) -> Any:
         self.started = time.perf_counter()
@@ -303,6 +300,9 @@ def main() -> None:
         app(standalone_mode=True)
     except GpuemError as error:
         err.print(f"[bold red]error:[/bold red] {escape(str(error))}")
+        sys.exit(2)
+    except (OSError, MemoryError) as error:
+        err.print(f"[bold red]error:[/bold red] {escape(str(error) or type(error).__name__)}")
         sys.exit(2)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuem import tiles
-from gpuem.backends import Block, Lost, Sums
+from gpuem.backends import Block, Lost, Sums, Weights
 from gpuem.errors import DataError
 from gpuem.formats.source import Chunks, Piece, Runs, Source
 from gpuem.storage.host import Files
@@ -35,6 +35,8 @@ class Job:
         The cuts.
     backend : module
         `gpuem.backends.cpu`.
+    weights : tuple of Weights
+        What each analysis asked for.
     prepared : object
         The backend's form of the weights.
     skip : int
@@ -53,6 +55,7 @@ class Job:
     files: Files
     plan: tiles.Plan
     backend: ModuleType
+    weights: tuple[Weights, ...]
     prepared: Any
     skip: int
     wanted: NDArray[np.bool_]

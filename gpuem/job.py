@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import functools
-import logging
 import os
-import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from gpuem import backends, dataset, engine, recipe, results, tiles
 from gpuem.analyses import Analysis, Map, View
@@ -23,16 +15,16 @@ from gpuem.backends import Device, Sums, Weights
 from gpuem.dataset import Dataset
 from gpuem.errors import DataError, RecipeError
 from gpuem.executors import local
+from gpuem.provenance import provenance
+from gpuem.region import Roi, region, summary
 from gpuem.results import Results
 
 Progress = Callable[[int], None]
-Roi = Sequence[int] | NDArray[np.bool_] | str | os.PathLike[str] | None
-log = logging.getLogger("gpuem")
 
 
 def run(
     data: Any,
-    analyses: Sequence[Analysis],
+    analyses: Sequence[Analysis] | Analysis,
     *,
     roi: Roi = None,
     device: Device = "auto",
@@ -76,17 +68,33 @@ def run(
     if isinstance(data, str | os.PathLike):
         raise RecipeError(f"run({str(data)!r}): open the file first: gpuem.run(gpuem.open({str(data)!r}), ...)")
     ds = data if isinstance(data, Dataset) else dataset.of_array(data)
-    analyses = [analyses] if hasattr(analyses, "weights") else list(analyses)
-    prepared = prepare(ds, analyses, roi=roi, device=device, threads=threads, memory=memory, on_error=on_error)
-    totals = engine.combine(prepared, local.run(prepared, progress))
-    maps = finish(view_of(ds), analyses, totals)
-    return Results(maps, provenance(ds, analyses, prepared, totals, time.perf_counter() - started))
+    chosen = list(analyses) if isinstance(analyses, Sequence) else [analyses]
+    options = recipe.run_section(device=device, threads=threads, memory=memory, on_error=on_error)
+    job = prepare(ds, chosen, options, roi)
+    totals = engine.combine(job, local.run(job, progress))
+    maps = finish(view_of(ds), chosen, job, totals)
+    facts = provenance(ds, chosen, job, totals, time.perf_counter() - started)
+    facts["roi"] = summary(job.wanted, roi)
+    return Results(maps, facts)
 
 
 def run_recipe(
-    path: str | os.PathLike[str], *, overwrite: bool = False, progress: Progress | None = None
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    watch: Callable[[Dataset, int], AbstractContextManager[Progress | None]] = lambda ds, frames: nullcontext(),
 ) -> tuple[Results, Path]:
     """Run a recipe file and save its results; what ``gpuem run`` calls.
+
+    Parameters
+    ----------
+    path : path
+        The recipe.
+    overwrite : bool
+        Replace a result that is there.
+    watch : callable
+        Called with the data set and the number of frames that are wanted before the first is read; the context it
+        returns gives the `progress` of `run`.
 
     Returns
     -------
@@ -95,67 +103,59 @@ def run_recipe(
     path : Path
         Where they were saved.
     """
-    job, text = recipe.load(Path(path))
-    results.check_writable(job.output.path, overwrite=overwrite)
-    found = run(open_input(job), job.analysis, roi=job.input.roi, progress=progress, **run_options(job))
+    asked, text = recipe.load(Path(path))
+    results.check_writable(asked.output.path, overwrite=overwrite)
+    ds = open_input(asked)
+    wanted = int(region(ds.scan_shape, asked.input.roi).sum())
+    with watch(ds, wanted) as progress:
+        found = run(ds, asked.analysis, roi=asked.input.roi, progress=progress, **asked.run.model_dump())
     found.provenance["recipe"] = text
-    return found, found.save(job.output.path, overwrite=overwrite)
+    return found, found.save(asked.output.path, overwrite=overwrite)
 
 
-def open_input(job: recipe.Recipe) -> Dataset:
+def open_input(asked: recipe.Recipe) -> Dataset:
     """Open the data of a recipe."""
-    options = job.input.model_dump(exclude={"path", "roi"})
-    return dataset.open(job.input.path, calibration=job.calibration.model_dump(), **options)
+    options = asked.input.model_dump(exclude={"path", "roi"})
+    return dataset.open(asked.input.path, calibration=asked.calibration.model_dump(), **options)
 
 
-def run_options(job: recipe.Recipe) -> dict[str, Any]:
-    """The ``[run]`` section as arguments of `run`."""
-    return job.run.model_dump()
-
-
-def prepare(
-    ds: Dataset,
-    analyses: Sequence[Analysis],
-    *,
-    roi: Roi = None,
-    device: Device = "auto",
-    threads: int | None = None,
-    memory: str | int | None = None,
-    on_error: engine.OnError = "stop",
-) -> engine.Job:
+def prepare(ds: Dataset, analyses: Sequence[Analysis], options: recipe.Run, roi: Roi = None) -> engine.Job:
     """All of a run but touching the data: weights, plan, open files. ``gpuem check`` stops here."""
-    if threads is not None and threads < 1:
-        raise RecipeError(f"threads {threads}: at least 1")
     if not analyses:
         raise RecipeError("analyses: give at least one")
     recipe.check_names([a.name for a in analyses])
-    backend = backends.select(device)
-    weights = sum((a.weights(view_of(ds)) for a in analyses), Weights())
-    prepared = backend.prepare(weights, ds.frame_shape, ds.dtype)
-    wanted = region(ds, roi)
+    backend = backends.select(options.device)
+    view = view_of(ds)
+    weights = [a.weights(view) for a in analyses]
+    prepared = backend.prepare(sum(weights, Weights()), ds.frame_shape, ds.dtype)
     one = backend.new_sums(prepared, 1)
-    allowed = recipe.parse_memory(memory) if memory is not None else available_memory()
+    allowed = recipe.parse_memory(options.memory) if options.memory is not None else local.available_memory()
     plan = tiles.plan(
         ds.source,
-        frame_result_nbytes=one.masks.nbytes + one.images.nbytes + one.moments.nbytes + 8,
+        positions=ds.positions,
+        position_nbytes=sum(array.nbytes for array in (one.masks, one.images, one.moments)) + 8,
+        map_nbytes=tiles.MAPS_NBYTES * len(analyses),
         image_nbytes=one.total.nbytes + one.maximum.nbytes,
-        threads=threads or local.cpus(),
+        threads=options.threads or local.cpus(),
         memory=allowed,
     )
     ds.files.check()
     # mappings of files that could fill the memory are given back as soon as they are used
     give_back = 2 * sum(file.size for file in ds.source.files) > allowed
-    return engine.Job(ds.source, ds.files, plan, backend, prepared, ds.skip, wanted, on_error, give_back)
+    wanted = region(ds.scan_shape, roi)
+    return engine.Job(
+        ds.source, ds.files, plan, backend, tuple(weights), prepared, ds.skip, wanted, options.on_error, give_back
+    )
 
 
-def finish(view: View, analyses: Sequence[Analysis], totals: engine.Totals) -> dict[str, Map]:
+def finish(view: View, analyses: Sequence[Analysis], job: engine.Job, totals: engine.Totals) -> dict[str, Map]:
     """Hand every analysis its own columns of the sums, collect the maps."""
     if not totals.valid.any():
-        raise DataError("not one frame could be read: " + "; ".join(item.message for item in totals.lost[:3]))
+        why = "; ".join(item.message for item in totals.lost[:3]) or "no frame of the file lies inside the scan"
+        raise DataError(f"not one frame could be read: {why}")
     maps: dict[str, Map] = {}
     masks = images = moments = 0
-    for analysis in analyses:
-        own = analysis.weights(view)
+    for analysis, own in zip(analyses, job.weights, strict=True):
         sums = Sums(
             totals.sums.masks[:, masks : (masks := masks + len(own.masks))],
             totals.sums.images[:, images : (images := images + len(own.images))],
@@ -170,94 +170,6 @@ def finish(view: View, analyses: Sequence[Analysis], totals: engine.Totals) -> d
     return maps
 
 
-def region(ds: Dataset, roi: Roi) -> NDArray[np.bool_]:
-    """Which scan positions are wanted, flat; raises RecipeError where the region doesn't fit the scan."""
-    shape = ds.scan_shape
-    if roi is None:
-        return np.ones(ds.positions, np.bool_)
-    if isinstance(roi, str | os.PathLike):
-        try:
-            roi = np.load(roi, allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"roi {roi}: can't be read: {error}; write a boolean array with numpy.save") from error
-    if isinstance(roi, np.ndarray) and roi.ndim == len(shape) and roi.shape != (4,):
-        if roi.shape != shape or not np.isin(roi, (0, 1)).all():
-            raise RecipeError(
-                f"roi: a mask of shape {roi.shape} and type {roi.dtype}; needed: booleans of shape {shape}"
-            )
-        mask = roi.astype(np.bool_)
-    else:
-        edges = [int(v) for v in np.ravel(np.asarray(roi))]
-        pairs = list(zip(edges[::2], edges[1::2], strict=False))
-        if len(edges) != 2 * len(shape) or any(not 0 <= a < b <= n for (a, b), n in zip(pairs, shape, strict=False)):
-            raise RecipeError(f"roi {edges}: needed are first and end (excluded) for every scan axis of {shape}")
-        mask = np.zeros(shape, np.bool_)
-        mask[tuple(slice(a, b) for a, b in pairs)] = True
-    if not mask.any():
-        raise RecipeError("roi: selects no scan position")
-    return mask.reshape(-1)
-
-
 def view_of(ds: Dataset) -> View:
     """What analyses may know of a data set."""
     return View(ds.scan, ds.detector, ds.dtype)
-
-
-def available_memory() -> int:
-    """80 % of the memory that is free for new use, the control group's limit respected, in bytes."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if Path("/proc/meminfo").exists():
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-    # version 2 of control groups, and version 1, which writes a huge number for "no limit"
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        limit = Path("/sys/fs/cgroup") / name
-        text = limit.read_text(encoding="ascii").strip() if os.access(limit, os.R_OK) else "max"
-        free = min(free, int(text)) if text.isdigit() else free
-    return int(0.8 * free)
-
-
-@functools.cache
-def _versions() -> dict[str, Any]:
-    libraries = ("numpy", "numba", "h5py", "imagecodecs", "zarr", "pydantic")
-    return {
-        "gpuem": version("gpuem"),
-        "python": platform.python_version(),
-        "libraries": {name: version(name) for name in libraries},
-        "platform": platform.platform(),
-    }
-
-
-def provenance(
-    ds: Dataset, analyses: Sequence[Analysis], job: engine.Job, totals: engine.Totals, seconds: float
-) -> dict[str, Any]:
-    """How the results came about, as plain values."""
-    missing = int(job.wanted.sum() - totals.valid.sum())
-    reasons: dict[str, list[NDArray[np.int64]]] = {}
-    for item in totals.lost:
-        reasons.setdefault(item.message, []).append(item.indices)
-    return {
-        **_versions(),
-        "command": sys.argv,
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": job.backend.NAME,
-        "threads": job.plan.threads,
-        "input": {
-            "format": ds.source.format,
-            "files": [{"path": str(f.path), "size": f.size, "mtime_ns": f.mtime_ns} for f in ds.source.files],
-            "scan": list(ds.scan_shape),
-            "frame": list(ds.frame_shape),
-            "dtype": ds.dtype.str,
-            "skip": ds.skip,
-        },
-        "analyses": [a.model_dump(mode="json", exclude={"mask"}) for a in analyses if hasattr(a, "model_dump")],
-        "frames": {"wanted": int(job.wanted.sum()), "read": int(totals.valid.sum()), "masked": missing},
-        "lost": [
-            {"frames": engine.describe(np.concatenate(indices)), "reason": reason}
-            for reason, indices in reasons.items()
-        ],
-        "notes": list(ds.notes),
-        "seconds": {"total": seconds, **totals.seconds},
-        "bytes": totals.nbytes,
-    }

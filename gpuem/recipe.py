@@ -130,6 +130,14 @@ def check(raw: dict[str, Any], where: str) -> Recipe:
     return recipe
 
 
+def run_section(**options: Any) -> Run:
+    """The arguments of `gpuem.run` as a checked ``[run]`` section; raises RecipeError."""
+    try:
+        return Run.model_validate(options)
+    except ValidationError as error:
+        raise RecipeError("; ".join(f"{e['loc'][0]}: {_reason(e)}" for e in error.errors())) from None
+
+
 def check_names(names: list[str]) -> None:
     """Raise RecipeError unless the analyses' names differ."""
     for name in names:

@@ -74,11 +74,16 @@ class Results(Mapping[str, Map]):
         check_writable(target, overwrite=overwrite)
         partial = target.parent / f".{target.name}.partial-{os.getpid()}"
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             _write(self, partial)
             if target.exists():
                 old = target.parent / f".{target.name}.old-{os.getpid()}"
                 target.rename(old)
-                partial.rename(target)
+                try:
+                    partial.rename(target)
+                except OSError:
+                    old.rename(target)
+                    raise
                 shutil.rmtree(old)
             else:
                 partial.rename(target)
@@ -96,13 +101,11 @@ def check_writable(target: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{target}: exists; choose another name, or say --overwrite (overwrite=True)")
     if target.exists() and not is_result(target):
         raise OutputError(f"{target}: exists and isn't a gpuem result, so it is never overwritten; choose another name")
-    folder = target.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder}: can't be created: {error.strerror}") from error
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(f"{folder}: no permission to write; choose another [output] path")
+    there = next(folder for folder in target.absolute().parents if folder.exists())
+    if not there.is_dir():
+        raise OutputError(f"{there}: a file; a folder can't be created in it")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"{there}: no permission to write; choose another [output] path")
 
 
 def is_result(path: Path) -> bool:
@@ -111,7 +114,7 @@ def is_result(path: Path) -> bool:
         meta = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return _MARK in meta.get("attributes", {})
+    return isinstance(meta, dict) and _MARK in meta.get("attributes", {})
 
 
 def load_results(path: str | os.PathLike[str]) -> Results:
@@ -127,15 +130,19 @@ def load_results(path: str | os.PathLike[str]) -> Results:
     folder = Path(path)
     if not is_result(folder):
         raise InputError(f"{folder}: not a gpuem result (a folder written by gpuem run or Results.save)")
-    root: Any = zarr.open_group(folder, mode="r")
-    maps: dict[str, Map] = {}
-    for name in root.attrs[_MARK]["maps"]:
-        array = root[_array_path(name)]
-        attributes = dict(array.attrs)
-        axes = tuple(Axis(**axis) for axis in attributes.pop("axes"))
-        units, description = attributes.pop("units"), attributes.pop("long_name")
-        maps[name] = Map(np.asarray(array[...]), axes, units, description, attributes)
-    return Results(maps, dict(root.attrs[_MARK]["provenance"]))
+    try:
+        root: Any = zarr.open_group(folder, mode="r")
+        maps = {name: _read(root[_array_path(name)]) for name in root.attrs[_MARK]["maps"]}
+        return Results(maps, dict(root.attrs[_MARK]["provenance"]))
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise InputError(f"{folder}: a damaged gpuem result ({type(error).__name__}: {error}); run it again") from error
+
+
+def _read(array: Any) -> Map:
+    attributes = dict(array.attrs)
+    axes = tuple(Axis(**axis) for axis in attributes.pop("axes"))
+    units, description = attributes.pop("units"), attributes.pop("long_name")
+    return Map(np.asarray(array[...]), axes, units, description, attributes)
 
 
 def _array_path(name: str) -> str:

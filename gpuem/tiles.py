@@ -26,7 +26,7 @@ SHARD_NBYTES = 64 << 20
 MOST_SHARDS = 1 << 14
 # frames per tile and shard, unless one chunk holds more: results per frame stay small
 MOST_FRAMES = 1 << 15
-# bytes per scan position of the maps that an analysis makes of its sums, and of what it makes them from
+# bytes per scan position of the maps that one analysis makes of its sums, and of what it makes them from
 MAPS_NBYTES = 256
 # the interpreter with its libraries and compiled kernels, measured on Linux x86-64
 BASE_NBYTES = 400 << 20
@@ -73,7 +73,9 @@ class Plan:
 def plan(
     source: Source,
     *,
-    frame_result_nbytes: int,
+    positions: int,
+    position_nbytes: int,
+    map_nbytes: int,
     image_nbytes: int,
     threads: int,
     memory: int,
@@ -84,8 +86,10 @@ def plan(
     ----------
     source : Source
         The frames.
-    frame_result_nbytes : int
-        Bytes of results per frame.
+    positions : int
+        Scan positions; there may be more of them than frames.
+    position_nbytes, map_nbytes : int
+        Bytes of sums, and of maps made of them, per scan position.
     image_nbytes : int
         Bytes of the images reduced over frames (sum, maximum), per shard.
     threads : int
@@ -106,11 +110,11 @@ def plan(
     )
     fixed = {
         "Python, libraries, kernels": BASE_NBYTES,
-        "sums and maps": source.frames * (2 * frame_result_nbytes + MAPS_NBYTES),
+        "sums and maps": positions * (2 * position_nbytes + map_nbytes),
         "images": 2 * image_nbytes,
     }
     # results of two shards per thread may wait to be combined in order
-    per_thread = tile_nbytes + 3 * (shard_frames * frame_result_nbytes + image_nbytes)
+    per_thread = tile_nbytes + 3 * (shard_frames * position_nbytes + image_nbytes)
     fitting = min(threads, (memory - sum(fixed.values())) // max(per_thread, 1), max(len(shards), 1))
     if fitting < 1:
         raise PlanError(
@@ -206,10 +210,14 @@ def _scratch(piece: Piece, tile: tuple[int, ...], source: Source) -> int:
     layout = piece.layout
     if isinstance(layout, Runs):
         plain = not piece.codec and piece.stored == source.dtype
-        return 0 if plain else decoded
+        # other frames than all of a tile are gathered before they are converted
+        return 0 if plain else decoded if piece.codec else 2 * decoded
     if isinstance(layout, Chunks):
-        chunk = math.prod(layout.shape) * piece.stored.itemsize
-        return decoded + chunk * (2 + len(piece.codec)) + int(layout.length.max(initial=0))
+        # chunks hang over the edges; all chunks of a tile are read, decoded and put in place together
+        around = [-(-t // c) * c for t, c in zip((*tile, *source.frame_shape), layout.shape, strict=True)]
+        chunks = math.prod(around) * piece.stored.itemsize
+        number = math.prod(around) // math.prod(layout.shape)
+        return decoded + 2 * chunks + number * int(layout.length.max(initial=0))
     return 2 * decoded
 
 

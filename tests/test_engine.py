@@ -258,7 +258,9 @@ def test_cuts_cover_every_frame_once(frames, tile, shard, nav):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILE_NBYTES", 4 * tile)
         patch.setattr(tiles, "SHARD_NBYTES", 4 * shard)
-        plan = tiles.plan(source, frame_result_nbytes=8, image_nbytes=8, threads=2, memory=2**33)
+        plan = tiles.plan(
+            source, positions=source.frames, position_nbytes=8, map_nbytes=8, image_nbytes=8, threads=2, memory=2**33
+        )
     piece = source.pieces[0]
     seen = []
     for one in plan.shards:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SENTENCE = ["formats", "storage", "codecs", "tiles", "backends", "analyses", "engine", "results"]
-AFTER = ["dataset", "recipe", "executors", "job", "plot", "demo", "cli"]
+AFTER = ["dataset", "region", "recipe", "executors", "provenance", "job", "plot", "demo", "cli"]
 EVERYWHERE = ["errors", "axes"]
 
 

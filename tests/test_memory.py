@@ -11,7 +11,7 @@ import pytest
 CODE = """
 import json, sys, threading, time
 import gpuem
-from gpuem import job
+from gpuem import job, recipe
 
 def anonymous():
     for line in open("/proc/self/status"):
@@ -30,7 +30,7 @@ watcher = threading.Thread(target=watch)
 watcher.start()
 ds = gpuem.open("big.raw", frame=(256, 256), dtype=sys.argv[1])
 chosen = [gpuem.Sum(), gpuem.VirtualDetector(outer=80), gpuem.CenterOfMass()]
-plan = job.prepare(ds, chosen, memory="1 GB").plan
+plan = job.prepare(ds, chosen, recipe.run_section(memory="1 GB")).plan
 found = gpuem.run(ds, chosen, memory="1 GB")
 done.set(); watcher.join()
 frames = found.provenance["frames"]["read"]

@@ -128,3 +128,61 @@ def test_a_file_that_changes_under_the_run_is_refused():
     np.save("a.npy", np.ones((5, 3, 3), "u1"))
     with pytest.raises(gpuem.InputError, match="changed since it was opened"):
         gpuem.run(ds, [gpuem.Sum()])
+
+
+def test_a_cut_frame_between_files_keeps_its_place():
+    data = reference.planted((16, 8, 8), "u2")
+    with open("a.raw", "wb") as stream:
+        stream.write(data[:8].tobytes()[:-60])
+    with open("b.raw", "wb") as stream:
+        stream.write(data[8:].tobytes())
+    ds = gpuem.open(["a.raw", "b.raw"], frame=(8, 8), dtype="u2", scan=(4, 4), fit=True)
+    found = gpuem.run(ds, [gpuem.VirtualDetector(shape="disk", outer=99)])
+    assert found["valid"].data.ravel().tolist() == [k != 7 for k in range(16)]
+    assert np.array_equal(np.delete(found["virtual"].data.ravel(), 7), np.delete(data.sum(axis=(1, 2)), 7))
+
+
+def test_header_and_size_disagree():
+    np.save("a.npy", np.ones((4, 3, 3), "u2"))
+    with open("a.npy", "ab") as stream:
+        stream.write(bytes(100))
+    with pytest.raises(gpuem.InputError, match="100 bytes more than its header"):
+        gpuem.open("a.npy")
+    assert gpuem.open("a.npy", fit=True).notes
+
+
+def test_what_the_file_says_of_the_scan_is_not_dropped_silently():
+    np.save("a.npy", np.ones((4, 5, 3, 3), "u2"))
+    assert "4 x 5" in gpuem.open("a.npy", scan=(5, 4)).notes[0]
+    assert "4 x 5" in gpuem.open("a.npy", skip=1).notes[0]
+    assert not gpuem.open("a.npy", scan=(4, 5)).notes
+
+
+def test_half_precision_of_both_byte_orders():
+    data = np.arange(2 * 4 * 4).reshape(2, 4, 4).astype(">f2")
+    assert gpuem.run(data, [gpuem.Sum()])["sum/sum"].data.sum() == data.astype("f8").sum()
+
+
+def test_mistakes_of_the_python_interface():
+    data = np.ones((4, 3, 3), "u2")
+    np.save("a.npy", data)
+    for call, message in (
+        (lambda: gpuem.run("a.npy", [gpuem.Sum()]), "open the file first"),
+        (lambda: gpuem.run(data, [gpuem.Sum()], device="gpu"), "'gpu' is not one of auto, cuda, cpu"),
+        (lambda: gpuem.run(data, [gpuem.Sum()], on_error="Stop"), "did you mean 'stop'"),
+        (lambda: gpuem.run(data, [gpuem.Sum()], threads=0), "threads"),
+        (lambda: gpuem.run(data, [gpuem.Sum(name="valid")]), "taken"),
+        (lambda: gpuem.open("a.npy", calibration={"scan_unit": "nm"}), "scan_unit needs scan_step"),
+        (lambda: gpuem.open(["a.npy", "a.npy"]), "one at a time"),
+        (lambda: gpuem.open("a.npy", scan="ab"), "whole numbers"),
+        (lambda: gpuem.CenterOfMass(rotation=float("nan")), "finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    for wrong in ([[1, 2], [3, 4]], np.ma.masked_array(data, data > 2)):
+        with pytest.raises(gpuem.InputError):
+            gpuem.run(wrong, [gpuem.Sum()])
+    assert gpuem.run(data, gpuem.Sum())["sum/sum"].data.sum() == 36
+    mask = np.array([True, False, True, False])
+    assert np.array_equal(gpuem.run(data, gpuem.Sum(), roi=mask)["valid"].data, mask)
+    assert np.array_equal(gpuem.open("a.npy")[mask], data[mask])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -105,15 +106,25 @@ def test_no_permission(found):
 def test_a_file_where_a_folder_is_needed(found):
     with open("file", "w") as stream:
         stream.write("x")
-    with pytest.raises(gpuem.OutputError, match="can't be created"):
+    with pytest.raises(gpuem.OutputError, match="a folder can't be created in it"):
         found.save("file/out.zarr")
 
 
 def test_alien_folders_are_not_results():
     zarr.open_group("other.zarr", mode="w")
-    for name in ("other.zarr", "nothing.zarr", "."):
+    os.mkdir("list.zarr")
+    with open("list.zarr/zarr.json", "w") as stream:
+        stream.write("[]")
+    for name in ("other.zarr", "nothing.zarr", ".", "list.zarr"):
         with pytest.raises(gpuem.InputError, match="not a gpuem result"):
             gpuem.load_results(name)
+
+
+def test_a_damaged_result_is_told(found):
+    found.save("out.zarr")
+    shutil.rmtree("out.zarr/com/x")
+    with pytest.raises(gpuem.InputError, match="damaged gpuem result"):
+        gpuem.load_results("out.zarr")
 
 
 def test_names(found):

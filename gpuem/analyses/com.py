@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +16,7 @@ from gpuem.axes import Axis, to_pixels
 from gpuem.backends import Sums, Weights
 from gpuem.errors import RecipeError
 
+log = logging.getLogger("gpuem")
 Regression = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
 
 
@@ -73,6 +75,11 @@ class CenterOfMass(Model):
 
     def weights(self, view: View) -> Weights:
         """Sum and first moments inside the mask."""
+        if "auto" in (self.rotation, self.flip) and not _is_image(view):
+            raise RecipeError(
+                f'{self.name}: rotation or flip "auto" needs a 2-D scan of at least 2x2 positions; this one is '
+                f"{' x '.join(map(str, view.scan_shape))}: give scan, or a rotation in degrees"
+            )
         center = self._center(view)
         if self.radius is None:
             return Weights(moments=(None,))
@@ -136,8 +143,6 @@ class CenterOfMass(Model):
         """Flip, rotation in degrees, and how sure they are where they are "auto"."""
         if self.rotation != "auto" and self.flip != "auto":
             return self.flip, self.rotation, {}
-        if not _is_image(view):
-            raise RecipeError(f'{self.name}: rotation or flip "auto" needs a 2-D scan of at least 2x2 positions')
         vectors = np.where(fitted[:, None], shift, np.nan).reshape(*view.scan_shape, 2)
         flips = (False, True) if self.flip == "auto" else (self.flip,)
         angle = None if self.rotation == "auto" else self.rotation
@@ -153,7 +158,12 @@ class CenterOfMass(Model):
         if self.descan == "plane":
             design = _design(view)[fitted]
             if np.linalg.matrix_rank(design) < 3:
-                raise RecipeError(f'{self.name}: descan = "plane" needs frames with counts that don\'t lie on one line')
+                # known only now: the other maps must not be lost for it
+                log.warning(
+                    '%s: descan = "plane" needs frames with counts that don\'t lie on one line; the field is NaN',
+                    self.name,
+                )
+                return np.full((3, 2), np.nan)
             plane = np.asarray(np.linalg.lstsq(design, vectors[fitted], rcond=None)[0])
         return plane
 
@@ -199,7 +209,8 @@ def guess_rotation(
     known = np.isfinite(divergence) & np.isfinite(curl)
     divergence, curl = divergence[known], curl[known]
     if divergence.size == 0:
-        raise RecipeError('rotation "auto": no two neighbouring frames with counts')
+        log.warning('rotation "auto": no two neighbouring frames with counts; the field is NaN')
+        return np.nan, flip, np.nan, np.nan
     form = np.array([[curl @ curl, curl @ divergence], [curl @ divergence, divergence @ divergence]]) / curl.size
     if angle is not None:
         c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))

@@ -154,7 +154,9 @@ def _load_mask(mask: Path | NDArray[Any], shape: tuple[int, int], name: str) -> 
         raise RecipeError(f"{name}: mask {where} holds {array.dtype}, not numbers")
     # weights are kept in single precision
     if array.dtype.kind == "f" and not (np.abs(array) < 1e30).all():
-        raise RecipeError(f"{name}: mask {where} holds NaN, infinity or weights of 1e30 and more; set those pixels to 0")
+        raise RecipeError(
+            f"{name}: mask {where} holds NaN, infinity or weights of 1e30 and more; set those pixels to 0"
+        )
     if not array.any():
         raise RecipeError(f"{name}: mask {where} selects no pixel")
     binary = array.dtype == np.bool_ or np.isin(array, (0, 1)).all()

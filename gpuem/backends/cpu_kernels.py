@@ -7,13 +7,14 @@ vector code: few arrays, no branches, 32-bit casts everywhere (Numba would widen
 
 from __future__ import annotations
 
-import math
+import functools
 from typing import Any
 
 import numba
 import numpy as np
 
 from gpuem.backends.cpu_vectors import LANES, PITCH, accumulate4, dot4x4, fetch, masked_sum
+from gpuem.codecs.compiled import compiled
 
 # 65535 * 256 * 257 / 2 < 2^32: twice-accumulated uint16 columns of a band fit in 32 bits; int16 in 31
 BAND = 256
@@ -22,12 +23,10 @@ STRIP = 256
 # pixels whose products with a weight are added in the weight's own precision before they go to float64
 PANEL = 1024
 
-kernel = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+kernel = compiled
 helper = numba.njit(nogil=True, boundscheck=False, error_model="numpy")
 # sums of floats may be reordered into vector lanes: the order then depends on the processor, never on the tiling
-reduction = numba.njit(
-    nogil=True, cache=True, boundscheck=False, error_model="numpy", fastmath={"reassoc", "nsz", "contract"}
-)
+reduction: Any = functools.partial(compiled, fastmath={"reassoc", "nsz", "contract"})
 
 
 @kernel  # type: ignore[untyped-decorator, unused-ignore]
@@ -246,14 +245,16 @@ def all_sums(
             moments_in_spans(pixels, some, regions[0], regions[1], regions[2][first:last])
 
 
-@kernel  # type: ignore[untyped-decorator, unused-ignore]
+@reduction  # type: ignore[untyped-decorator, unused-ignore]
 def all_finite(pixels: Any, starts: Any, size: Any, out: Any) -> None:
-    """out[i]: frame i holds neither NaN nor infinity."""
+    """out[i]: frame i holds neither NaN nor infinity; times zero, only those don't vanish."""
+    nothing = pixels.dtype.type(0)
     for i in range(starts.size):
-        finite = True
+        frame = pixels[starts[i] : starts[i] + size]
+        vanishing = nothing
         for p in range(size):
-            finite &= math.isfinite(pixels[starts[i] + p])
-        out[i] = finite
+            vanishing += frame[p] * nothing
+        out[i] = vanishing == nothing
 
 
 @kernel  # type: ignore[untyped-decorator, unused-ignore]

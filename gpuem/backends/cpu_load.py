@@ -50,7 +50,11 @@ def load(source: Source, files: Files, piece: Piece, box: Box, keep: NDArray[np.
             yield item
             keep = keep & ~np.isin(indices, item.indices)
     else:
-        pixels = _load_array(source, files, piece, box)
+        try:
+            pixels = _load_array(source, files, piece, box)
+        except DataError as error:
+            yield from _frame_by_frame(source, files, piece, box, keep, error)
+            return
     size = math.prod(source.frame_shape)
     yield Block(Frames(pixels.reshape(-1), np.flatnonzero(keep) * size, source.frame_shape), indices[keep])
 
@@ -185,6 +189,20 @@ def _neighbours(chunks: Chunks, index: NDArray[np.int64]) -> list[NDArray[np.int
     gap = at[1:] - (at[:-1] + length[:-1])
     apart = (file[1:] != file[:-1]) | (gap < 0) | (gap > GAP_NBYTES)
     return np.split(np.arange(index.size), np.flatnonzero(apart) + 1)
+
+
+def _frame_by_frame(
+    source: Source, files: Files, piece: Piece, box: Box, keep: NDArray[np.bool_], error: DataError
+) -> Iterator[Block | Lost]:
+    """Frames of a tile that can't be had as a whole, one by one: which is it that is broken."""
+    indices = tiles.frames_of(piece, box)
+    if indices.size == 1:
+        yield Lost(indices, str(error))
+        return
+    for k in np.flatnonzero(keep).tolist():
+        corner = np.unravel_index(k, [s.stop - s.start for s in box])
+        one = tuple(slice(s.start + int(c), s.start + int(c) + 1) for s, c in zip(box, corner, strict=True))
+        yield from load(source, files, piece, one, np.ones(1, np.bool_))
 
 
 def _load_array(source: Source, files: Files, piece: Piece, box: Box) -> NDArray[Any]:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-kernel = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+from gpuem.codecs.compiled import compiled
+
+kernel = compiled
 
 # constants are unsigned 64-bit: Numba would make floats of unsigned with signed numbers
 _BYTES = np.uint64(0x00FF00FF00FF00FF)

@@ -13,15 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from gpuem.codecs.compiled import compiled
+
 Bytes = NDArray[np.uint8]
-jit = numba.njit(nogil=True, cache=True, boundscheck=False, error_model="numpy")
+jit = compiled
 _BYTE, _WORD, _VECTOR, _HALF = ir.IntType(8), ir.IntType(64), ir.VectorType(ir.IntType(8), 32), 16
 
 
@@ -203,7 +204,6 @@ def _bits(size: int) -> Callable[[Bytes, int, int, Bytes, int], None]:
     # byte (the lowest one in big-endian order)
     group, every, last = 8 * size, (1 << 8 * size) - 1, 0xFF << 8 * (size - 1)
 
-    @jit
     def transpose(src: Bytes, at: int, nbytes: int, dst: Bytes, to: int) -> None:
         plane = nbytes // group
         if plane < 32:
@@ -227,19 +227,21 @@ def _bits(size: int) -> Callable[[Bytes, int, int, Bytes, int], None]:
                 k = min(g, plane - 32)
                 _pixels(src, at + k, plane, dst, to + group * k, size, 0xF)
 
-    return transpose
+    # a name for each size: Numba keeps compiled functions by name
+    transpose.__qualname__ = f"transpose_bits{size}"
+    return jit(transpose)
 
 
 def _bytes(size: int) -> Callable[[Bytes, int, Bytes], None]:
     """Compile the transpose of n >= 32 items from `size` byte planes."""
 
-    @jit
     def transpose(src: Bytes, n: int, dst: Bytes) -> None:
         for g in range(0, n, 32):
             k = min(g, n - 32)
             _items(src, k, n, dst, size * k, size)
 
-    return transpose
+    transpose.__qualname__ = f"transpose_bytes{size}"
+    return jit(transpose)
 
 
 # one compiled function for each size, compiled when first used; a function made from a function couldn't be cached

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 from gpuem.engine import Job, Partial, run_shard
 
@@ -18,7 +19,7 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Iterator[Par
     job : Job
         The job; `job.plan.threads` shards are in work at once.
     progress : callable
-        Called from a worker with the number of frames of every shard that is done.
+        Called from a worker with the number of wanted frames of every shard that is done.
     """
     count = len(job.plan.shards)
     ahead = 2 * job.plan.threads
@@ -27,7 +28,7 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Iterator[Par
     def work(index: int) -> Partial:
         partial = run_shard(job, index)
         if progress:
-            progress(job.plan.shards[index].frames)
+            progress(partial.positions.size + sum(item.indices.size for item in partial.lost))
         return partial
 
     with ThreadPoolExecutor(job.plan.threads, thread_name_prefix="gpuem") as pool:
@@ -52,3 +53,18 @@ def cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """80 % of the memory that is free for new use, the control group's limit respected, in bytes."""
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if Path("/proc/meminfo").exists():
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    # version 2 of control groups, and version 1, which writes a huge number for "no limit"
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        limit = Path("/sys/fs/cgroup") / name
+        text = limit.read_text(encoding="ascii").strip() if os.access(limit, os.R_OK) else "max"
+        free = min(free, int(text)) if text.isdigit() else free
+    return int(0.8 * free)

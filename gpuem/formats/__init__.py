@@ -23,7 +23,12 @@ FORMATS = {
 SEVERAL = ("raw", "mib")
 
 
-def read_header(paths: tuple[Path, ...], format: str | None = None, scan: Sequence[int] | None = None, **options: Any) -> Source:  # noqa: A002
+def read_header(
+    paths: tuple[Path, ...],
+    format: str | None = None,  # noqa: A002
+    scan: Sequence[int] | None = None,
+    **options: Any,
+) -> Source:
     """Describe files by their headers.
 
     Parameters

@@ -64,5 +64,5 @@ def read_array(path: Path, what: str) -> NDArray[Any]:
         import tifffile
 
         return np.asarray(tifffile.imread(path))
-    except Exception as error:  # noqa: BLE001 - damaged files raise all kinds of errors, and all mean the same
+    except Exception as error:
         raise RecipeError(f"{what} {path}: can't be read: {error}") from error

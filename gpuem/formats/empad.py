@@ -19,7 +19,6 @@ from gpuem.axes import Axis, calibrate, detector_axes
 from gpuem.errors import InputError, TruncatedError
 from gpuem.formats.source import File, Piece, Runs, Source
 
-
 FRAME = (128, 128)
 _STORED = np.dtype("<f4")
 _FRAME_BYTES = 128 * 128 * 4

@@ -18,6 +18,7 @@ from gpuem.axes import Axis, canonical_unit, detector_axes, scan_axes
 from gpuem.errors import GpuemError, InputError, RecipeError, TruncatedError
 from gpuem.formats.hdf5_file import Files, opened, pixel_type, type_name, walk
 from gpuem.formats.hdf5_layout import beside, describe
+from gpuem.formats.raw import native_type
 from gpuem.formats.source import Piece, Source
 
 _SERIES = ("entry/data", "entry")

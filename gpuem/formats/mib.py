@@ -21,7 +21,6 @@ from gpuem.formats.mib_files import Frames, integer, parse_hdr
 from gpuem.formats.source import Piece, Runs, Source
 
 
-
 @dataclass(frozen=True)
 class _Hdr:
     """The acquisition's .hdr file: its path, and whether the user named it."""

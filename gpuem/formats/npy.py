@@ -14,7 +14,6 @@ from gpuem.formats.raw import native_type, pixel_type
 from gpuem.formats.source import File, Piece, Runs, Source, Strided
 
 
-
 def read_header(paths: tuple[Path, ...], *, fit: bool = False) -> Source:
     """Describe a .npy file whose last two axes are the detector (y, x).
 
@@ -71,7 +70,15 @@ def _parse(path: Path) -> tuple[tuple[int, ...], bool, np.dtype[np.generic], int
             version = npy.read_magic(stream)
             read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
             shape, fortran, dtype = read(stream)
-        except (ValueError, SyntaxError, KeyError, TypeError, tokenize.TokenError, RecursionError, MemoryError) as error:
+        except (
+            ValueError,
+            SyntaxError,
+            KeyError,
+            TypeError,
+            tokenize.TokenError,
+            RecursionError,
+            MemoryError,
+        ) as error:
             raise InputError(f"{path}: not a .npy file, or its header is damaged ({error})") from error
         if dtype.hasobject:
             raise InputError(f"{path}: holds pickled Python objects; gpuem never unpickles data")

@@ -11,7 +11,6 @@ from gpuem.errors import InputError, RecipeError, TruncatedError
 from gpuem.formats.source import File, Piece, Runs, Source
 
 
-
 def read_header(
     paths: tuple[Path, ...],
     *,

@@ -1,0 +1,73 @@
+"""How results came about, as plain values."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuem import engine
+from gpuem.analyses import Analysis
+from gpuem.dataset import Dataset
+
+
+@functools.cache
+def _versions() -> dict[str, Any]:
+    libraries = ("numpy", "numba", "h5py", "imagecodecs", "zarr", "pydantic")
+    return {
+        "gpuem": version("gpuem"),
+        "python": platform.python_version(),
+        "libraries": {name: version(name) for name in libraries},
+        "platform": platform.platform(),
+    }
+
+
+def provenance(
+    ds: Dataset, analyses: Sequence[Analysis], job: engine.Job, totals: engine.Totals, seconds: float
+) -> dict[str, Any]:
+    """How the results came about, as plain values."""
+    missing = int(job.wanted.sum() - totals.valid.sum())
+    reasons: dict[str, list[NDArray[np.int64]]] = {}
+    for item in totals.lost:
+        reasons.setdefault(item.message, []).append(item.indices)
+    return {
+        **_versions(),
+        "command": sys.argv,
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": job.backend.NAME,
+        "threads": job.plan.threads,
+        "input": {
+            "format": ds.source.format,
+            "files": [{"path": str(f.path), "size": f.size, "mtime_ns": f.mtime_ns} for f in ds.source.files],
+            "scan": list(ds.scan_shape),
+            "frame": list(ds.frame_shape),
+            "dtype": ds.dtype.str,
+            "skip": ds.skip,
+        },
+        "analyses": [_plain(a) for a in analyses],
+        "frames": {"wanted": int(job.wanted.sum()), "read": int(totals.valid.sum()), "masked": missing},
+        "lost": [
+            {"frames": engine.describe(np.concatenate(indices)), "reason": reason}
+            for reason, indices in reasons.items()
+        ],
+        "notes": list(ds.notes),
+        "seconds": {"total": seconds, **totals.seconds},
+        "bytes": totals.nbytes,
+    }
+
+
+def _plain(analysis: Any) -> dict[str, Any]:
+    """An analysis as plain values; of a mask that was given as an array its number of pixels."""
+    fields: dict[str, Any] = analysis.model_dump(mode="json", exclude={"mask"})
+    mask = getattr(analysis, "mask", None)
+    if mask is not None:
+        fields["mask"] = str(mask) if isinstance(mask, Path) else f"array, {int(np.count_nonzero(mask))} pixels"
+    return fields
