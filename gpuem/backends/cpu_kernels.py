@@ -192,22 +192,28 @@ def image_sums(pixels: Any, starts: Any, images: Any, out: Any) -> None:
     cast = images.dtype.type
     n, size = starts.size, images.shape[1]
     flat = images.reshape(-1)
+    # four frames' pixels as real numbers, converted once for all images
+    real = np.zeros(4 * PANEL, images.dtype)
     found = np.empty(16, np.float64)
     for p0 in range(0, size, PANEL):
         p1 = min(p0 + PANEL, size)
         groups = (p1 - p0) // LANES
         for i in range(0, n, 4):
-            a, b = starts[i] + p0, starts[min(i + 1, n - 1)] + p0
-            c, d = starts[min(i + 2, n - 1)] + p0, starts[min(i + 3, n - 1)] + p0
+            for f in range(min(4, n - i)):
+                fetch(pixels, starts[min(i + 4 + f, n - 1)] + p0, p1 - p0)
+                frame = pixels[starts[i + f] + p0 : starts[i + f] + p1]
+                for p in range(p1 - p0):
+                    real[f * PANEL + p] = cast(frame[p])
             for k in range(0, images.shape[0], 4):
                 row = k * size + p0
+                rows = (row, row + size, row + 2 * size, row + 3 * size)
                 found[:] = 0
-                dot4x4(pixels, (a, b, c, d), flat, (row, row + size, row + 2 * size, row + 3 * size), groups, found)
+                dot4x4(real, (0, PANEL, 2 * PANEL, 3 * PANEL), flat, rows, groups, found)
                 for f in range(min(4, n - i)):
                     for j in range(min(4, out.shape[1] - k)):
                         rest = 0.0
-                        for p in range(p0 + groups * LANES, p1):
-                            rest += np.float64(cast(pixels[starts[i + f] + p]) * images[k + j, p])
+                        for p in range(groups * LANES, p1 - p0):
+                            rest += np.float64(real[f * PANEL + p] * images[k + j, p0 + p])
                         out[i + f, k + j] += found[4 * f + j] + rest
 
 
