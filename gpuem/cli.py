@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -195,30 +198,32 @@ class _progress:  # noqa: N801
     """A bar with GB/s and time left on a terminal, nothing elsewhere."""
 
     def __init__(self, ds: Dataset, frames: int) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.frame_nbytes = ds.source.frame_nbytes
-        self.bar = Progress(
-            TextColumn("reading"), BarColumn(), TextColumn("{task.percentage:3.0f} %"),
-            TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
-            console=err, transient=True, disable=not err.is_terminal,
-        )  # fmt: skip
-        self.task = self.bar.add_task("frames", total=frames, rate="")
         for note in ds.notes:
             err.print(f"note: {escape(note)}")
+        self.frame_nbytes, self.frames = ds.source.frame_nbytes, frames
+        self.bar: Any = None
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Callable[[int], None]:
         self.started = time.perf_counter()
-        self.bar.start()
+        if err.is_terminal:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = TextColumn("reading"), BarColumn(), TextColumn("{task.percentage:3.0f} %")
+            rate = TextColumn("{task.fields[rate]}")
+            self.bar = Progress(*columns, rate, TimeRemainingColumn(), console=err, transient=True)
+            self.task = self.bar.add_task("frames", total=self.frames, rate="")
+            self.bar.start()
         return self.advance
 
     def __exit__(self, *exc: object) -> None:
-        self.bar.stop()
+        if self.bar:
+            self.bar.stop()
 
     def advance(self, frames: int) -> None:
-        self.bar.advance(self.task, frames)
-        done = self.bar.tasks[0].completed * self.frame_nbytes / 1e9
-        self.bar.update(self.task, rate=f"{done / max(time.perf_counter() - self.started, 1e-9):.2f} GB/s")
+        if self.bar:
+            self.bar.advance(self.task, frames)
+            done = self.bar.tasks[0].completed * self.frame_nbytes
+            self.bar.update(self.task, rate=_rate(done / max(time.perf_counter() - self.started, 1e-9)))
 
 
 def _report(found: Results, where: Path) -> None:
@@ -296,6 +301,10 @@ def _duration(seconds: float) -> str:
 
 def main() -> None:
     """Entry point: errors of gpuem become one message and exit code 2."""
+    # a short process makes hundreds of thousands of lasting objects by importing: looking through them again and again
+    # for garbage, and once more at the end, takes a quarter of its time
+    gc.set_threshold(500_000, 50, 100)
+    atexit.register(gc.freeze)
     try:
         app(standalone_mode=True)
     except GpuemError as error:

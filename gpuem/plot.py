@@ -42,7 +42,7 @@ def save_previews(results: Results, folder: Path) -> list[Path]:
         kinds = [kind for kind in _SHOWN.values() if set(kind) & set(maps)]
         shown = {k: m for k, m in maps.items() if not kinds or k in kinds[0]}
         path = folder / f"{group}.png"
-        figure_of(group, shown).savefig(path, dpi=110, pil_kwargs={"compress_level": 3})
+        figure_of(group, shown).savefig(path, dpi=100, pil_kwargs={"compress_level": 3})
         written.append(path)
     return written
 
