@@ -7,6 +7,7 @@ import gc
 import logging
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -172,9 +173,9 @@ def _run(recipe: Path, overwrite: bool) -> tuple[Results, Path]:
     except KeyboardInterrupt:
         err.print("stopped; nothing was written")
         raise typer.Exit(130) from None
-    from gpuem import recipe as recipes
-
-    if recipes.load(recipe)[0].output.previews:
+    # as it was run, not as the file may read by now
+    asked = tomllib.loads(found.provenance["recipe"])
+    if asked["output"].get("previews", True):
         _previews(found, where)
     return found, where
 

@@ -98,7 +98,7 @@ class Weights:
 
 @dataclass
 class Sums:
-    """Results of `Weights`: int64 (or uint64) for integer data, float64 for float data.
+    """Results of `Weights`: int64 for integer data, float64 for float data.
 
     Parameters
     ----------

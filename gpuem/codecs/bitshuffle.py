@@ -10,7 +10,6 @@ negative code instead of raising, run without the interpreter lock and keep no s
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import numpy as np
@@ -183,6 +182,7 @@ def _rest(raw: Bytes, i: int, out: Bytes, o: int) -> int:
     return 0
 
 
+# one function for each size of a pixel, here and below: one that is handed another couldn't be cached
 @jit
 def _chunk1(raw: Bytes, out: Bytes, block: int, scratch: Bytes) -> int:
     i, o = 12, 0
@@ -236,8 +236,11 @@ def _chunk8(raw: Bytes, out: Bytes, block: int, scratch: Bytes) -> int:
 
 
 @jit
-def _block_bytes(raw: Bytes, nbytes: int, group: int) -> int:
-    """`frame_header` for compiled code."""
+def frame_header(raw: Bytes, nbytes: int, group: int) -> int:
+    """Bytes of a block after the header of filters 32004 and 32008, or a negative code of `REASONS`.
+
+    The header must promise `nbytes` in all, in blocks of a multiple of `group` bytes.
+    """
     if raw.size < 12:
         return TOO_SHORT
     total, block = _length_at(raw, 0) << 32 | _length_at(raw, 4), _length_at(raw, 8)
@@ -248,7 +251,7 @@ def _block_bytes(raw: Bytes, nbytes: int, group: int) -> int:
 def _many1(raw: Bytes, at: Any, lengths: Any, out: Any, codes: Any, scratch: Bytes) -> None:
     for k in range(at.size):
         part = raw[at[k] : at[k] + lengths[k]]
-        block = _block_bytes(part, out.shape[1], 8)
+        block = frame_header(part, out.shape[1], 8)
         codes[k] = _chunk1(part, out[k], block, scratch) if block > 0 else block
 
 
@@ -256,7 +259,7 @@ def _many1(raw: Bytes, at: Any, lengths: Any, out: Any, codes: Any, scratch: Byt
 def _many2(raw: Bytes, at: Any, lengths: Any, out: Any, codes: Any, scratch: Bytes) -> None:
     for k in range(at.size):
         part = raw[at[k] : at[k] + lengths[k]]
-        block = _block_bytes(part, out.shape[1], 16)
+        block = frame_header(part, out.shape[1], 16)
         codes[k] = _chunk2(part, out[k], block, scratch) if block > 0 else block
 
 
@@ -264,7 +267,7 @@ def _many2(raw: Bytes, at: Any, lengths: Any, out: Any, codes: Any, scratch: Byt
 def _many4(raw: Bytes, at: Any, lengths: Any, out: Any, codes: Any, scratch: Bytes) -> None:
     for k in range(at.size):
         part = raw[at[k] : at[k] + lengths[k]]
-        block = _block_bytes(part, out.shape[1], 32)
+        block = frame_header(part, out.shape[1], 32)
         codes[k] = _chunk4(part, out[k], block, scratch) if block > 0 else block
 
 
@@ -272,23 +275,11 @@ def _many4(raw: Bytes, at: Any, lengths: Any, out: Any, codes: Any, scratch: Byt
 def _many8(raw: Bytes, at: Any, lengths: Any, out: Any, codes: Any, scratch: Bytes) -> None:
     for k in range(at.size):
         part = raw[at[k] : at[k] + lengths[k]]
-        block = _block_bytes(part, out.shape[1], 64)
+        block = frame_header(part, out.shape[1], 64)
         codes[k] = _chunk8(part, out[k], block, scratch) if block > 0 else block
 
 
-_CHUNKS = {1: _chunk1, 2: _chunk2, 4: _chunk4, 8: _chunk8}
 _MANY = {1: _many1, 2: _many2, 4: _many4, 8: _many8}
-
-
-def frame_header(raw: Bytes, nbytes: int, group: int) -> int:
-    """Bytes of a block after the header of filters 32004 and 32008, or a negative code of `REASONS`.
-
-    The header must promise `nbytes` in all, in blocks of a multiple of `group` bytes.
-    """
-    if raw.size < 12:
-        return TOO_SHORT
-    total, block = struct.unpack(">QI", raw[:12].tobytes())
-    return int(block) if total == nbytes and block > 0 and block % group == 0 else BAD_HEADER
 
 
 def bitshuffle_lz4(raw: Bytes, out: Bytes, size: int) -> int:
@@ -302,11 +293,8 @@ def bitshuffle_lz4(raw: Bytes, out: Bytes, size: int) -> int:
     int
         0, or a negative code of `REASONS`.
     """
-    block = frame_header(raw, out.size, 8 * size)
-    if block < 0:
-        return block
-    scratch = np.empty(min(block, out.size) + SLACK, np.uint8)
-    return int(_CHUNKS[size](raw, out, block, scratch))
+    whole = np.zeros(1, np.int64), np.full(1, raw.size, np.int64)
+    return int(bitshuffle_lz4_many(raw, *whole, out.reshape(1, -1), size)[0])
 
 
 def bitshuffle_lz4_many(raw: Bytes, at: Any, lengths: Any, out: Any, size: int) -> Any:

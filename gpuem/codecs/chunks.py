@@ -214,7 +214,7 @@ def _framed(raw: Bytes, out: Bytes, group: int, block: Callable[[Bytes, Bytes], 
     """
     from gpuem.codecs import bitshuffle
 
-    size = bitshuffle.frame_header(raw, out.size, group)
+    size = int(bitshuffle.frame_header(raw, out.size, group))
     _checked(size, out)
     i, o = 12, 0
     while out.size - o >= group:
