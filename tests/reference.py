@@ -38,6 +38,70 @@ def moments(frames, mask=None):
     return np.array([[(f * inside).sum(), (f * y * inside).sum(), (f * x * inside).sum()] for f in wide(frames)])
 
 
+def all_sums(frames, masks, regions):
+    """Sums in masks, moments in regions, sum and maximum over frames."""
+    return (
+        [mask_sums(frames, mask) for mask in masks],
+        [moments(frames, region) for region in regions],
+        frame_sum(frames),
+        frame_max(frames),
+    )
+
+
+def all_finite(frames):
+    return np.array([np.isfinite(frame).all() for frame in frames])
+
+
+def magnitudes(frames):
+    wide = np.abs(frames.astype(np.float64))
+    return np.array([[frame.max(), frame.sum()] for frame in wide])
+
+
+def convert(raw, at, stored, size):
+    """Frames whose bytes begin at `at`, in native byte order."""
+    stored = np.dtype(stored)
+    found = [np.frombuffer(raw[a : a + size * stored.itemsize].tobytes(), stored) for a in at]
+    return np.stack(found).astype(stored.newbyteorder("="))
+
+
+def dark_and_gain(frames, dark, gain, real):
+    """(v - dark) * gain, every step rounded to `real`."""
+    out = frames.astype(real)
+    if dark is not None:
+        out = (out - dark).astype(real)
+    if gain is not None:
+        out = (out * gain).astype(real)
+    return out
+
+
+def patch_dead(frames, neighbours):
+    """Frames whose dead pixels (flat index: good neighbours) are means; halves of whole numbers rounded up."""
+    out = frames.copy()
+    for k, frame in enumerate(frames.reshape(len(frames), -1)):
+        for pixel, good in neighbours.items():
+            if frames.dtype.kind == "f":
+                mean = sum(float(frame[g]) for g in good) / len(good)
+            else:
+                mean = (2 * sum(int(frame[g]) for g in good) + len(good)) // (2 * len(good))
+            out[k].reshape(-1)[pixel] = mean
+    return out
+
+
+def cut_into_chunks(whole, chunk):
+    """An array as chunks in C order of their grid, (chunks, pixels of a chunk)."""
+    corners = np.ndindex(*(n // c for n, c in zip(whole.shape, chunk, strict=True)))
+    boxes = [tuple(slice(k * c, k * c + c) for k, c in zip(corner, chunk, strict=True)) for corner in corners]
+    return np.stack([whole[box].reshape(-1) for box in boxes])
+
+
+def place_chunks(chunks, shape, chunk):
+    """The array of chunks in C order, (chunks, pixels of a chunk), as an array of `shape` (whole chunks)."""
+    out = np.zeros(shape, chunks.dtype)
+    for number, corner in enumerate(np.ndindex(*(n // c for n, c in zip(shape, chunk, strict=True)))):
+        out[tuple(slice(k * c, k * c + c) for k, c in zip(corner, chunk, strict=True))] = chunks[number].reshape(chunk)
+    return out
+
+
 def com(frames, center, mask=None):
     """Shift (y, x) from the centre; 0 where a frame has no counts."""
     out = np.zeros((len(frames), 2))
@@ -45,6 +109,41 @@ def com(frames, center, mask=None):
         if s != 0:
             out[k] = s_y / s - center[0], s_x / s - center[1]
     return out
+
+
+def correct(frames, dark=None, gain=None, dead=None):
+    """(pixel - dark) * gain, each step rounded to the type of the result; then means of good pixels in dead ones."""
+    narrow = frames.dtype.itemsize <= 2 or frames.dtype.newbyteorder("=") == np.float32
+    scaled = np.dtype("f4" if narrow else "f8")
+    half = frames.dtype.kind == "f" and frames.dtype.itemsize == 2
+    out = frames.astype(scaled if dark is not None or gain is not None or half else frames.dtype.newbyteorder("="))
+    if dark is not None:
+        out = out - np.asarray(dark).astype(scaled)
+    if gain is not None:
+        out = out * np.asarray(gain).astype(scaled)
+    for frame in out:
+        for y, x in np.argwhere(dead) if dead is not None else ():
+            frame[y, x] = mean(around(frame, dead, y, x), frame.dtype)
+    return out
+
+
+def around(frame, dead, y, x):
+    """Good pixels in the smallest square around (y, x) that holds any, row by row."""
+    for r in range(1, max(frame.shape) + 1):
+        square = np.s_[max(y - r, 0) : y + r + 1, max(x - r, 0) : x + r + 1]
+        if not dead[square].all():
+            return frame[square][~dead[square]].tolist()
+    raise AssertionError("no good pixel")
+
+
+def mean(values, dtype):
+    """Floats are added one by one in float64; integers without limits, and rounded half up."""
+    if dtype.kind != "f":
+        return (2 * sum(values) + len(values)) // (2 * len(values))
+    total = np.float64(0)
+    for value in values:
+        total = total + np.float64(value)
+    return dtype.type(total / np.float64(len(values)))
 
 
 def annulus(shape, center, outer, inner=0.0):

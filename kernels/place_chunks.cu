@@ -1,0 +1,28 @@
+// Decoded chunks of a tile to frames: chunks may hang over the tile's edges and may cut frames.
+#include "types.cuh"
+
+// chunks    (chunks of the tile in C order of its grid, pixels of a chunk)
+// shape     for each of the axes (scan..., y, x): extent of the tile, extent of a chunk, number of chunks, and where
+//           the tile begins inside its first chunk
+// out       the tile, in C order, a frame every `pitch` pixels
+// grid      (parts of a frame, frames), 256 threads
+template <typename Bits>
+__global__ void __launch_bounds__(256)
+    place_chunks(const Bits* chunks, const i64* shape, int axes, Bits* out, i64 pitch) {
+    const i64 *extent = shape, *chunk = shape + axes, *count = shape + 2 * axes, *begin = shape + 3 * axes;
+    const i64 size = extent[axes - 2] * extent[axes - 1];
+    for (i64 p = blockIdx.x * 256LL + threadIdx.x; p < size; p += gridDim.x * 256LL) {
+        // first the pixel's position along x and y, then the frame's along the axes of the scan
+        i64 left = p, which = 0, inside = 0, chunks_below = 1, pixels_below = 1;
+        for (int axis = axes - 1; axis >= 0; --axis) {
+            if (axis == axes - 3) left = blockIdx.y;
+            const i64 position = left % extent[axis] + begin[axis];
+            left /= extent[axis];
+            which += position / chunk[axis] * chunks_below;
+            inside += position % chunk[axis] * pixels_below;
+            chunks_below *= count[axis];
+            pixels_below *= chunk[axis];
+        }
+        out[blockIdx.y * pitch + p] = chunks[which * pixels_below + inside];
+    }
+}
