@@ -70,10 +70,15 @@ class Files:
         DataError
             The device fails, or the file ends too early.
         """
+        out = np.empty(length, np.uint8)
+        self.read_into(k, offset, out)
+        return out
+
+    def read_into(self, k: int, offset: int, out: NDArray[np.uint8]) -> None:
+        """Copy bytes from `offset` of file `k` on, as many as `out` holds; raises like `read`."""
         with self._lock:
             descriptor = self._open(k)
-        out = np.empty(length, np.uint8)
-        done = 0
+        length, done = out.size, 0
         while done < length:
             try:
                 got = os.preadv(descriptor, [out[done:].data], offset + done)
@@ -87,7 +92,6 @@ class Files:
                     f"at {offset}; the file is truncated or its index is damaged"
                 )
             done += got
-        return out
 
     def will_need(self, k: int, offset: int, length: int) -> None:
         """Ask the system to fetch these bytes in the background, so that reading overlaps computing."""
