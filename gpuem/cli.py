@@ -84,6 +84,10 @@ def check(recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file."
     out.print(f"scan positions   {wanted:,} of {ds.positions:,} wanted")
     out.print(f"analyses         {', '.join(f'{a.name} ({a.kind})' for a in loaded.analysis)}")
     out.print(f"device           {prepared.backend.NAME}, {_threads(plan.threads)}")
+    if plan.device_nbytes:
+        out.print(f"GPU memory       {sum(plan.device_nbytes.values()) / 1e6:,.0f} MB")
+        for name, nbytes in plan.device_nbytes.items():
+            out.print(f"                 {nbytes / 1e6:,.0f} MB {name}")
     out.print(f"shards           {len(plan.shards):,} of up to {max(s.frames for s in plan.shards):,} frames")
     out.print(f"memory           {plan.total_nbytes / 1e6:,.0f} MB")
     for name, nbytes in plan.nbytes.items():
@@ -232,7 +236,7 @@ def _report(found: Results, where: Path) -> None:
     frames, seconds = facts["frames"], facts["seconds"]["total"]
     out.print(
         f"read             {frames['read']:,} frames, {facts['bytes'] / 1e9:.3f} GB in {_duration(seconds)} "
-        f"({_rate(facts['bytes'] / seconds)}) on {facts['device']}, {_threads(facts['threads'])}"
+        f"({_rate(facts['bytes'] / seconds)}) on {_device(facts)}"
     )
     if frames["masked"]:
         out.print(f"masked           {frames['masked']:,} of {frames['wanted']:,} positions have no readable frame")
@@ -263,17 +267,31 @@ def _describe_data(ds: Dataset) -> None:
         sizes = " x ".join(str(a.size) for a in axes)
         steps = ", ".join(f"{a.name} {a.step:g} {a.unit}" for a in axes if a.unit != "px")
         out.print(f"{label:<16} {sizes}{f'  ({steps})' if steps else ''}")
-    out.print(f"pixels           {ds.dtype.name}, {ds.source.nbytes / 1e9:.3f} GB decoded")
+    out.print(f"pixels           {ds.source.raw_dtype.name}, {ds.source.nbytes / 1e9:.3f} GB decoded")
+    from gpuem.correction import summary
+
+    _describe_correction(summary(ds.source.correction))
     for note in ds.notes:
         out.print(f"note             {escape(note)}")
+
+
+def _describe_correction(facts: dict[str, Any] | None) -> None:
+    if facts is None:
+        return
+    for name in ("dark", "gain", "dead"):
+        if name in facts:
+            count = f" ({facts['dead_pixels']:,} dead pixels)" if name == "dead" else ""
+            out.print(f"{name:<16} {escape(facts[name])}{count}")
+    out.print(f"corrected        as {facts['dtype']}")
 
 
 def _describe_results(found: Results, path: Path) -> None:
     facts = found.provenance
     out.print(f"result           {escape(str(path))}")
-    out.print(f"made             {facts['finished']} by gpuem {facts['gpuem']} on {facts['device']}")
+    out.print(f"made             {facts['finished']} by gpuem {facts['gpuem']} on {_device(facts)}")
     for file in facts["input"]["files"]:
         out.print(f"from             {escape(file['path'])} ({file['size']:,} bytes)")
+    _describe_correction(facts.get("correction"))
     frames = facts["frames"]
     out.print(f"frames           {frames['read']:,} read, {frames['masked']:,} masked")
     from rich.table import Table
@@ -282,6 +300,13 @@ def _describe_results(found: Results, path: Path) -> None:
     for name, item in found.maps.items():
         table.add_row(name, " x ".join(map(str, item.data.shape)), item.data.dtype.name, item.units, item.description)
     out.print(table)
+
+
+def _device(facts: dict[str, Any]) -> str:
+    if facts["device"] == "cuda":
+        way = "GPUDirect" if facts["transfer"]["kind"] == "gds" else "page-locked memory"
+        return f"{escape(facts['gpu']['name'])} (cuda), through {way}"
+    return f"{facts['device']}, {_threads(facts['threads'])}"
 
 
 def _threads(count: int) -> str:

@@ -6,16 +6,17 @@ import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuem import tiles
+from gpuem import correction, tiles
 from gpuem.axes import Axis, calibrate, detector_axes, scan_axes
 from gpuem.backends import Block, cpu
+from gpuem.correction import Dead, Image
 from gpuem.engine import describe
 from gpuem.errors import DataError, InputError, RecipeError
 from gpuem.formats import array, read_header
@@ -62,7 +63,7 @@ class Dataset:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Type of a pixel, in native byte order."""
+        """Type of a pixel, in native byte order; once corrected where it is."""
         return self.source.dtype
 
     @property
@@ -86,7 +87,61 @@ class Dataset:
         return math.prod(self.scan_shape)
 
     def __repr__(self) -> str:
-        return f"<gpuem.Dataset {self.source.format} scan {self.scan_shape} frame {self.frame_shape} {self.dtype}>"
+        kind = f"{self.source.format}{'' if self.source.correction is None else ', corrected,'}"
+        return f"<gpuem.Dataset {kind} scan {self.scan_shape} frame {self.frame_shape} {self.dtype}>"
+
+    def corrected(self, dark: Image = None, gain: Image = None, dead: Dead = None) -> Dataset:
+        """The same data with every frame corrected whenever it is read: (pixel - dark) * gain, then dead pixels.
+
+        With dark or gain, pixels of up to 16 bits become float32 (as float32 itself stays), all others float64. With
+        dead pixels alone the type stays; the mean that replaces them is rounded half up.
+
+        Parameters
+        ----------
+        dark : path or (y, x) array
+            Subtracted from each pixel: a .npy or .tif file, or an array.
+        gain : path or (y, x) array
+            What the difference is multiplied with.
+        dead : path, (y, x) array or list of (y, x)
+            Pixels that are replaced by the mean of their good neighbours, once those are corrected: all that lie in
+            the smallest square (3x3, 5x5, ...) around it that holds any. True or 1 marks a dead pixel.
+
+        Raises
+        ------
+        RecipeError
+            Nothing is given, it doesn't fit the detector, or the data is corrected already.
+        """
+        if self.source.correction is not None:
+            raise RecipeError("corrected: this data is corrected already; give dark, gain and dead together")
+        made = correction.of(dark, gain, dead, self.frame_shape, self.dtype)
+        return replace(self, source=replace(self.source, dtype=made.dtype, correction=made))
+
+    def to_device(self, *, packed: bool = False) -> Dataset:
+        """The same data, kept in the memory of the GPU: runs on it read nothing but that.
+
+        Parameters
+        ----------
+        packed : bool
+            Keep it as it is stored (compressed, packed bits) where the GPU can decode that: smaller, and decoded in
+            every run. Otherwise pixels are kept in their native type.
+
+        Returns
+        -------
+        Dataset
+            What is on the device stays there for as long as this lives.
+
+        Raises
+        ------
+        PlanError
+            It doesn't fit; with the numbers.
+        DataError
+            A frame can't be read.
+        DeviceError
+            There is no GPU that can be used.
+        """
+        from gpuem import resident
+
+        return replace(self, source=resident.bring(self.source, self.files, packed=packed))
 
     def __getitem__(self, index: Any) -> NDArray[Any]:
         """Frames as NumPy arrays, in file order and native type: ``ds[3, 5]``, ``ds[0]``, ``ds[..., 10:20, 10:20]``.
@@ -112,7 +167,8 @@ class Dataset:
         found = np.zeros(indices.size, np.bool_)
         order = np.argsort(indices, kind="stable")
         ordered, size = indices[order], math.prod(self.frame_shape)
-        self.files.check()
+        if self.source.in_files:
+            self.files.check()
         for piece in self.source.pieces:
             mine = indices[(indices >= piece.start) & (indices < piece.start + piece.frames)]
             tile = tiles.tile_shape(piece, self.source.frame_nbytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gpuem import tiles
 from gpuem.backends import Block, Lost, Sums, Weights
 from gpuem.errors import DataError
-from gpuem.formats.source import Chunks, Piece, Runs, Source
+from gpuem.formats.source import Box, Chunks, Piece, Runs, Source
 from gpuem.storage.host import Files
 
 OnError = Literal["stop", "mask"]
@@ -34,7 +34,7 @@ class Job:
     plan : tiles.Plan
         The cuts.
     backend : module
-        `gpuem.backends.cpu`.
+        `gpuem.backends.cpu` or `gpuem.backends.cuda`.
     weights : tuple of Weights
         What each analysis asked for.
     prepared : object
@@ -49,6 +49,10 @@ class Job:
         Unmap what was used, so that mapped files don't pile up.
     stop : threading.Event
         Set when the run is to end early.
+    transfer : {"auto", "pinned", "gds"}
+        How bytes reach a GPU.
+    facts : dict
+        What becomes known only while it runs, as plain values for the result.
     """
 
     source: Source
@@ -62,6 +66,8 @@ class Job:
     on_error: OnError = "stop"
     give_back: bool = True
     stop: threading.Event = field(default_factory=threading.Event)
+    transfer: str = "auto"
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,6 @@ class Partial:
     positions: NDArray[np.int64]
     sums: Sums
     lost: tuple[Lost, ...]
-    nbytes: int
     seconds: dict[str, float]
 
 
@@ -102,9 +107,7 @@ def run_shard(job: Job, index: int) -> Partial:
     for box in tiles.boxes(piece, tile, shard):
         if job.stop.is_set():
             raise StoppedError
-        where = tiles.frames_of(piece, box) - job.skip
-        keep = (where >= 0) & (where < job.wanted.size)
-        keep[keep] = job.wanted[where[keep]]
+        keep = wanted_in(job, piece, box)
         if not keep.any():
             continue
         start = time.perf_counter()
@@ -124,8 +127,20 @@ def run_shard(job: Job, index: int) -> Partial:
     if job.give_back and isinstance(piece.layout, Runs):
         for extent in extents:
             job.files.release(*extent)
-    sums.masks, sums.images, sums.moments = sums.masks[:done], sums.images[:done], sums.moments[:done]
-    return Partial(index, positions[:done], sums, tuple(lost), done * job.source.frame_nbytes, seconds)
+    return Partial(index, positions[:done], filled(job.backend.fetch(sums), done), tuple(lost), seconds)
+
+
+def wanted_in(job: Job, piece: Piece, box: Box) -> NDArray[np.bool_]:
+    """Which frames of a tile belong to wanted scan positions, in C order of the box."""
+    where = tiles.frames_of(piece, box) - job.skip
+    keep = (where >= 0) & (where < job.wanted.size)
+    keep[keep] = job.wanted[where[keep]]
+    return keep
+
+
+def filled(sums: Sums, done: int) -> Sums:
+    """Sums of a shard without the rows that no frame went to."""
+    return replace(sums, masks=sums.masks[:done], images=sums.images[:done], moments=sums.moments[:done])
 
 
 def _without_unusable(job: Job, block: Block) -> tuple[Block, list[Lost]]:
@@ -219,13 +234,21 @@ def combine(job: Job, partials: Iterable[Partial]) -> Totals:
         np.maximum(sums.maximum, part.maximum, out=sums.maximum)
         totals.valid[partial.positions] = True
         totals.lost.extend(partial.lost)
-        totals.nbytes += partial.nbytes
+        totals.nbytes += partial.positions.size * job.source.frame_nbytes
         for stage, seconds in partial.seconds.items():
             totals.seconds[stage] = totals.seconds.get(stage, 0.0) + seconds
     return totals or _empty_totals(job)
 
 
 def _empty_totals(job: Job) -> Totals:
-    sums = job.backend.new_sums(job.prepared, job.wanted.size)
-    sums.total = sums.total.astype(job.prepared.wide)
+    weights, shape, wide = job.prepared.weights, job.prepared.shape, job.prepared.wide
+    dtype, positions = job.prepared.dtype, job.wanted.size
+    lowest = -np.inf if dtype.kind == "f" else np.iinfo(dtype).min
+    sums = Sums(
+        np.zeros((positions, len(weights.masks)), wide),
+        np.zeros((positions, len(weights.images)), np.float64),
+        np.zeros((positions, len(weights.moments), 3), wide),
+        np.zeros(shape if weights.total else (0, 0), wide),
+        np.full(shape if weights.maximum else (0, 0), lowest, dtype),
+    )
     return Totals(sums, np.zeros(job.wanted.size, np.bool_))

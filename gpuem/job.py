@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack
 
 from gpuem import backends, dataset, engine, recipe, results, tiles
 from gpuem.analyses import Analysis, Map, View
@@ -22,16 +22,24 @@ from gpuem.results import Results
 Progress = Callable[[int], None]
 
 
+class Options(TypedDict, total=False):
+    """The other arguments of `run`; what ``[run]`` says in a recipe."""
+
+    threads: int | None
+    memory: str | int | None
+    device_memory: str | int | None
+    transfer: Literal["auto", "pinned", "gds"]
+    on_error: engine.OnError
+
+
 def run(
     data: Any,
     analyses: Sequence[Analysis] | Analysis,
     *,
     roi: Roi = None,
     device: Device = "auto",
-    threads: int | None = None,
-    memory: str | int | None = None,
-    on_error: engine.OnError = "stop",
     progress: Progress | None = None,
+    **options: Unpack[Options],
 ) -> Results:
     """Stream frames once and compute all analyses.
 
@@ -45,14 +53,18 @@ def run(
         Scan positions to read: ``(y0, y1, x0, x1)`` with ends excluded, or a mask of scan shape (array or .npy).
     device : {"auto", "cuda", "cpu"}
         Where to compute.
+    progress : callable
+        Called with the number of frames of every shard that is done, from worker threads.
     threads : int
         Threads; default all processors of this process.
     memory : str or int
         Most memory the process may take, ``"4 GB"``; default 80 % of what is available.
+    device_memory : str or int
+        Most memory of the GPU; default 90 % of what is free.
+    transfer : {"auto", "pinned", "gds"}
+        How bytes reach a GPU: through page-locked memory, by GPUDirect, or as suits the files.
     on_error : {"stop", "mask"}
         Broken frames stop the run, or are masked and counted.
-    progress : callable
-        Called with the number of frames of every shard that is done, from worker threads.
 
     Returns
     -------
@@ -69,8 +81,8 @@ def run(
         raise RecipeError(f"run({str(data)!r}): open the file first: gpuem.run(gpuem.open({str(data)!r}), ...)")
     ds = data if isinstance(data, Dataset) else dataset.of_array(data)
     chosen = list(analyses) if isinstance(analyses, Sequence) else [analyses]
-    options = recipe.run_section(device=device, threads=threads, memory=memory, on_error=on_error)
-    job = prepare(ds, chosen, options, roi)
+    asked = recipe.run_section(device=device, **options)
+    job = prepare(ds, chosen, asked, roi)
     totals = engine.combine(job, local.run(job, progress))
     maps = finish(view_of(ds), chosen, job, totals)
     facts = provenance(ds, chosen, job, totals, time.perf_counter() - started)
@@ -114,9 +126,11 @@ def run_recipe(
 
 
 def open_input(asked: recipe.Recipe) -> Dataset:
-    """Open the data of a recipe."""
+    """Open the data of a recipe, corrected where it says so."""
     options = asked.input.model_dump(exclude={"path", "roi"})
-    return dataset.open(asked.input.path, calibration=asked.calibration.model_dump(), **options)
+    ds = dataset.open(asked.input.path, calibration=asked.calibration.model_dump(), **options)
+    correction = asked.correction.model_dump(exclude_none=True)
+    return ds.corrected(**correction) if correction else ds
 
 
 def prepare(ds: Dataset, analyses: Sequence[Analysis], options: recipe.Run, roi: Roi = None) -> engine.Job:
@@ -128,24 +142,20 @@ def prepare(ds: Dataset, analyses: Sequence[Analysis], options: recipe.Run, roi:
     view = view_of(ds)
     weights = [a.weights(view) for a in analyses]
     prepared = backend.prepare(sum(weights, Weights()), ds.frame_shape, ds.dtype)
-    one = backend.new_sums(prepared, 1)
     allowed = recipe.parse_memory(options.memory) if options.memory is not None else local.available_memory()
-    plan = tiles.plan(
-        ds.source,
-        positions=ds.positions,
-        position_nbytes=sum(array.nbytes for array in (one.masks, one.images, one.moments)) + 8,
-        map_nbytes=tiles.MAPS_NBYTES * len(analyses),
-        image_nbytes=one.total.nbytes + one.maximum.nbytes,
-        threads=options.threads or local.cpus(),
-        memory=allowed,
-    )
-    ds.files.check()
+    on_device = recipe.parse_memory(options.device_memory) if options.device_memory is not None else None
+    maps = tiles.MAPS_NBYTES * len(analyses)
+    limits = tiles.Limits(ds.positions, maps, options.threads or local.cpus(), allowed, on_device)
+    plan = backend.plan(ds.source, prepared, limits)
+    if ds.source.in_files:
+        ds.files.check()
     # mappings of files that could fill the memory are given back as soon as they are used
     give_back = 2 * sum(file.size for file in ds.source.files) > allowed
     wanted = region(ds.scan_shape, roi)
     return engine.Job(
-        ds.source, ds.files, plan, backend, tuple(weights), prepared, ds.skip, wanted, options.on_error, give_back
-    )
+        ds.source, ds.files, plan, backend, tuple(weights), prepared, ds.skip, wanted, options.on_error, give_back,
+        transfer=options.transfer,
+    )  # fmt: skip
 
 
 def finish(view: View, analyses: Sequence[Analysis], job: engine.Job, totals: engine.Totals) -> dict[str, Map]:

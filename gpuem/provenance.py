@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from gpuem import engine
 from gpuem.analyses import Analysis
+from gpuem.correction import summary
 from gpuem.dataset import Dataset
 
 
@@ -43,15 +44,17 @@ def provenance(
         "command": sys.argv,
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": job.backend.NAME,
+        **job.facts,
         "threads": job.plan.threads,
         "input": {
             "format": ds.source.format,
             "files": [{"path": str(f.path), "size": f.size, "mtime_ns": f.mtime_ns} for f in ds.source.files],
             "scan": list(ds.scan_shape),
             "frame": list(ds.frame_shape),
-            "dtype": ds.dtype.str,
+            "dtype": ds.source.raw_dtype.str,
             "skip": ds.skip,
         },
+        "correction": summary(ds.source.correction),
         "analyses": [_plain(a) for a in analyses],
         "frames": {"wanted": int(job.wanted.sum()), "read": int(totals.valid.sum()), "masked": missing},
         "lost": [

@@ -53,12 +53,24 @@ class Calibration(_Section):
     detector_unit: str | None = None
 
 
+class Correction(_Section):
+    """``[correction]``: (pixel - dark) * gain for every frame, then dead pixels from their neighbours."""
+
+    dark: Path | None = Field(default=None, description="a .npy or .tif of detector shape, subtracted")
+    gain: Path | None = Field(default=None, description="a .npy or .tif of detector shape, multiplied with then")
+    dead: Path | list[tuple[int, int]] | None = Field(
+        default=None, description="a .npy or .tif of detector shape, 1 for a dead pixel; or positions [[y, x], ...]"
+    )
+
+
 class Run(_Section):
     """``[run]``: where and how."""
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     threads: int | None = Field(default=None, ge=1)
     memory: str | int | None = Field(default=None, description='bytes, or "4 GB"')
+    device_memory: str | int | None = Field(default=None, description='of the GPU: bytes, or "20 GB"')
+    transfer: Literal["auto", "pinned", "gds"] = Field(default="auto", description="how bytes reach the GPU")
     on_error: Literal["stop", "mask"] = "stop"
 
 
@@ -75,6 +87,7 @@ class Recipe(_Section):
     input: Input
     analysis: list[AnyAnalysis] = Field(min_length=1)
     calibration: Calibration = Calibration()
+    correction: Correction = Correction()
     run: Run = Run()
     output: Output
 
@@ -175,9 +188,11 @@ def _absolute(recipe: Recipe, folder: Path) -> Recipe:
         a.model_copy(update={"mask": fix(a.mask)}) if isinstance(a, VirtualDetector) and isinstance(a.mask, Path) else a
         for a in recipe.analysis
     ]
+    correction = {name: fix(value) if isinstance(value, Path) else value for name, value in recipe.correction}
     return recipe.model_copy(
         update={
             "input": data.model_copy(update={"path": paths, "roi": roi}),
+            "correction": Correction(**correction),
             "analysis": analyses,
             "output": recipe.output.model_copy(update={"path": fix(recipe.output.path)}),
         }
@@ -232,5 +247,7 @@ def _known(loc: tuple[Any, ...]) -> list[str]:
     if loc[0] == "analysis":
         models = {str(a.model_fields["kind"].default): a for a in (Sum, VirtualDetector, CenterOfMass)}
         return list(models[loc[2]].model_fields)
-    sections: dict[str, type[BaseModel]] = {"input": Input, "calibration": Calibration, "run": Run, "output": Output}
+    sections: dict[str, type[BaseModel]] = {
+        "input": Input, "calibration": Calibration, "correction": Correction, "run": Run, "output": Output
+    }  # fmt: skip
     return list(sections[loc[0]].model_fields)

@@ -9,23 +9,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpuem.errors import PlanError
-from gpuem.formats.source import Calls, Chunks, Piece, Runs, Source
+from gpuem.formats.source import Calls, Chunks, Piece, Resident, Runs, Source, stored_layout
 
 # a few times the per-call cost of Python, and small enough for the caches
 TILE_NBYTES = 8 << 20
 # most of them are used where they are mapped and need no scratch
 RUNS_TILE_NBYTES = 16 << 20
 SHARD_NBYTES = 64 << 20
+# frames of a shard at least: its images over frames must be small beside the frames they are made of
+LEAST_FRAMES = 32
+# data that is in a GPU's memory is computed with as it is: few large launches
+RESIDENT_NBYTES = 2 << 30
 # 10 TB still make a manageable number of shards
 MOST_SHARDS = 1 << 14
 # frames per tile and shard, unless one chunk holds more: results per frame stay small
 MOST_FRAMES = 1 << 15
+# a few frames at a time are corrected and used while they are in the caches
+CORRECTED_NBYTES = 2 << 20
 # bytes per scan position of the maps that one analysis makes of its sums, and of what it makes them from
 MAPS_NBYTES = 256
 # the interpreter with its libraries and compiled kernels, measured on Linux x86-64
@@ -44,6 +50,40 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Bytes of decoded frames in a tile (of runs, of anything else) and in a shard that a backend works well with."""
+
+    runs_tile: int = field(default_factory=lambda: RUNS_TILE_NBYTES)
+    tile: int = field(default_factory=lambda: TILE_NBYTES)
+    shard: int = field(default_factory=lambda: SHARD_NBYTES)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a run is allowed, and how large its results are.
+
+    Parameters
+    ----------
+    positions : int
+        Scan positions; there may be more of them than frames.
+    map_nbytes : int
+        Bytes of maps per scan position.
+    threads : int
+        Most threads.
+    memory : int
+        Bytes of host memory that the whole process may take.
+    device_memory : int, optional
+        Bytes of a GPU's memory; by default what is free.
+    """
+
+    positions: int
+    map_nbytes: int
+    threads: int
+    memory: int
+    device_memory: int | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """Where the cuts are and what they cost.
 
@@ -57,12 +97,15 @@ class Plan:
         How many shards are in work at once.
     nbytes : dict of str to int
         Memory by purpose; mapped files don't count, the system takes their pages back whenever it wants.
+    device_nbytes : dict of str to int
+        Memory of the GPU by purpose; empty on a CPU.
     """
 
     shards: tuple[Shard, ...]
     tiles: tuple[tuple[int, ...], ...]
     threads: int
     nbytes: dict[str, int]
+    device_nbytes: dict[str, int] = field(default_factory=dict)
 
     @property
     def total_nbytes(self) -> int:
@@ -70,55 +113,53 @@ class Plan:
         return sum(self.nbytes.values())
 
 
-def plan(
-    source: Source,
-    *,
-    positions: int,
-    position_nbytes: int,
-    map_nbytes: int,
-    image_nbytes: int,
-    threads: int,
-    memory: int,
-) -> Plan:
-    """Cut a source into shards and tiles.
+def cut(source: Source, sizes: Sizes) -> tuple[tuple[Shard, ...], tuple[tuple[int, ...], ...]]:
+    """Shards of a source, and the shape of the tiles of each of its pieces."""
+    tiles = tuple(tile_shape(piece, source.frame_nbytes, sizes) for piece in source.pieces)
+    return tuple(_shards(source, tiles, sizes)), tiles
+
+
+def plan(source: Source, limits: Limits, position_nbytes: int, image_nbytes: int) -> Plan:
+    """Cut a source into shards and tiles for the threads of a CPU.
 
     Parameters
     ----------
     source : Source
         The frames.
-    positions : int
-        Scan positions; there may be more of them than frames.
-    position_nbytes, map_nbytes : int
-        Bytes of sums, and of maps made of them, per scan position.
+    limits : Limits
+        What the run is allowed; fewer threads are taken where memory is short.
+    position_nbytes : int
+        Bytes of sums per scan position.
     image_nbytes : int
         Bytes of the images reduced over frames (sum, maximum), per shard.
-    threads : int
-        Most shards in work at once; fewer are taken where memory is short.
-    memory : int
-        Bytes the whole process may take.
 
     Raises
     ------
     PlanError
         Not even one thread fits; with the numbers.
     """
-    tiles = tuple(tile_shape(piece, source.frame_nbytes) for piece in source.pieces)
-    shards = tuple(_shards(source, tiles))
+    shards, tiles = cut(source, Sizes())
     shard_frames = max((shard.frames for shard in shards), default=0)
     tile_nbytes = max(
-        (_scratch(piece, tile, source) for piece, tile in zip(source.pieces, tiles, strict=True)), default=0
+        (
+            scratch_nbytes(piece, tile, source) + _corrected(tile, source)
+            for piece, tile in zip(source.pieces, tiles, strict=True)
+        ),
+        default=0,
     )
     fixed = {
         "Python, libraries, kernels": BASE_NBYTES,
-        "sums and maps": positions * (2 * position_nbytes + map_nbytes),
+        "sums and maps": limits.positions * (2 * position_nbytes + limits.map_nbytes),
         "images": 2 * image_nbytes,
+        **({"correction": source.correction.nbytes} if source.correction is not None else {}),
     }
     # results of two shards per thread may wait to be combined in order
     per_thread = tile_nbytes + 3 * (shard_frames * position_nbytes + image_nbytes)
-    fitting = min(threads, (memory - sum(fixed.values())) // max(per_thread, 1), max(len(shards), 1))
+    room = limits.memory - sum(fixed.values())
+    fitting = min(limits.threads, room // max(per_thread, 1), max(len(shards), 1))
     if fitting < 1:
         raise PlanError(
-            f"the run needs {_mb(sum(fixed.values()) + per_thread)} with one thread and may take {_mb(memory)}: "
+            f"the run needs {_mb(sum(fixed.values()) + per_thread)} with one thread and may take {_mb(limits.memory)}: "
             f"{', '.join(f'{name} {_mb(n)}' for name, n in fixed.items())}, a thread {_mb(per_thread)} "
             f"(tile of {tiles[0]} frames: {_mb(tile_nbytes)}). Allow more ([run] memory), or store the data in chunks "
             "of fewer frames"
@@ -128,11 +169,13 @@ def plan(
     )
 
 
-def tile_shape(piece: Piece, frame_nbytes: int) -> tuple[int, ...]:
-    """Shape of a tile over the nav axes of a piece: whole chunks, near TILE_NBYTES."""
-    layout = piece.layout
+def tile_shape(piece: Piece, frame_nbytes: int, sizes: Sizes | None = None) -> tuple[int, ...]:
+    """Shape of a tile over the nav axes of a piece: whole chunks, near the size that suits."""
+    sizes = sizes or Sizes()
+    layout = stored_layout(piece.layout)
     if isinstance(layout, Runs):
-        return (max(1, min(RUNS_TILE_NBYTES // frame_nbytes, MOST_FRAMES)),)
+        target = RESIDENT_NBYTES if _used_in_place(piece) else sizes.runs_tile
+        return (max(1, min(target // frame_nbytes, MOST_FRAMES)),)
     nav = piece.nav
     if isinstance(layout, Chunks | Calls):
         tile = list(layout.shape[: len(nav)] if isinstance(layout, Chunks) else layout.chunk)
@@ -142,7 +185,7 @@ def tile_shape(piece: Piece, frame_nbytes: int) -> tuple[int, ...]:
         tile, grow = [1] * len(nav), range(len(nav))
     tile = [min(t, n) for t, n in zip(tile, nav, strict=True)]
     for axis in grow:
-        fits = min(TILE_NBYTES // frame_nbytes, MOST_FRAMES) // math.prod(tile)
+        fits = min(sizes.tile // frame_nbytes, MOST_FRAMES) // math.prod(tile)
         tile[axis] = min(nav[axis], tile[axis] * max(1, fits))
         if tile[axis] < nav[axis]:
             break
@@ -154,9 +197,14 @@ def grid(piece: Piece, tile: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-n // t) for n, t in zip(nav_shape(piece), tile, strict=True))
 
 
+def corrected_frames(source: Source) -> int:
+    """Number of frames that are corrected at once: whole fours, in which the kernels take them."""
+    return max(4, CORRECTED_NBYTES // source.corrected_nbytes // 4 * 4)
+
+
 def nav_shape(piece: Piece) -> tuple[int, ...]:
     """The arrangement in which a piece is cut: frames that follow one another have one axis only."""
-    return (piece.frames,) if isinstance(piece.layout, Runs) else piece.nav
+    return (piece.frames,) if isinstance(stored_layout(piece.layout), Runs) else piece.nav
 
 
 def boxes(piece: Piece, tile: tuple[int, ...], shard: Shard) -> Iterator[tuple[slice, ...]]:
@@ -189,10 +237,15 @@ def frames_of(piece: Piece, where: Sequence[slice]) -> NDArray[np.int64]:
     return piece.start + np.ravel_multi_index(np.ix_(*axes), nav_shape(piece)).reshape(-1).astype(np.int64)
 
 
-def _shards(source: Source, tiles: tuple[tuple[int, ...], ...]) -> Iterator[Shard]:
-    target = max(SHARD_NBYTES, source.nbytes // MOST_SHARDS)
+def _used_in_place(piece: Piece) -> bool:
+    return isinstance(piece.layout, Resident) and not piece.codec
+
+
+def _shards(source: Source, tiles: tuple[tuple[int, ...], ...], sizes: Sizes) -> Iterator[Shard]:
+    usual = max(sizes.shard, source.nbytes // MOST_SHARDS, LEAST_FRAMES * source.frame_nbytes)
     index = 0
     for k, (piece, tile) in enumerate(zip(source.pieces, tiles, strict=True)):
+        target = max(usual, RESIDENT_NBYTES) if _used_in_place(piece) else usual
         tile_frames = math.prod(tile)
         count = math.prod(grid(piece, tile))
         fits = min(target // source.frame_nbytes, MOST_FRAMES)
@@ -204,12 +257,12 @@ def _shards(source: Source, tiles: tuple[tuple[int, ...], ...]) -> Iterator[Shar
             index += 1
 
 
-def _scratch(piece: Piece, tile: tuple[int, ...], source: Source) -> int:
+def scratch_nbytes(piece: Piece, tile: tuple[int, ...], source: Source) -> int:
     """Bytes of decoded frames, and of what they are decoded from, that a thread holds at once."""
     decoded = math.prod(tile) * source.frame_nbytes
-    layout = piece.layout
+    layout = stored_layout(piece.layout)
     if isinstance(layout, Runs):
-        plain = not piece.codec and piece.stored == source.dtype
+        plain = not piece.codec and piece.stored == source.raw_dtype and not isinstance(piece.layout, Resident)
         # other frames than all of a tile are gathered before they are converted
         return 0 if plain else decoded if piece.codec else 2 * decoded
     if isinstance(layout, Chunks):
@@ -219,6 +272,13 @@ def _scratch(piece: Piece, tile: tuple[int, ...], source: Source) -> int:
         number = math.prod(around) // math.prod(layout.shape)
         return decoded + 2 * chunks + number * int(layout.length.max(initial=0))
     return 2 * decoded
+
+
+def _corrected(tile: tuple[int, ...], source: Source) -> int:
+    """Bytes of corrected frames that a thread holds at once."""
+    if source.correction is None:
+        return 0
+    return min(math.prod(tile), corrected_frames(source)) * source.corrected_nbytes
 
 
 def _mb(nbytes: int) -> str:

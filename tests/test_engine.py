@@ -23,6 +23,7 @@ def cuts(monkeypatch):
         monkeypatch.setattr(tiles, "TILE_NBYTES", tile * frame_nbytes)
         monkeypatch.setattr(tiles, "RUNS_TILE_NBYTES", tile * frame_nbytes)
         monkeypatch.setattr(tiles, "SHARD_NBYTES", shard * frame_nbytes)
+        monkeypatch.setattr(tiles, "LEAST_FRAMES", 1)
         monkeypatch.setattr(cpu, "BLOCK_NBYTES", block * frame_nbytes)
 
     return set_cuts
@@ -258,9 +259,9 @@ def test_cuts_cover_every_frame_once(frames, tile, shard, nav):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "TILE_NBYTES", 4 * tile)
         patch.setattr(tiles, "SHARD_NBYTES", 4 * shard)
-        plan = tiles.plan(
-            source, positions=source.frames, position_nbytes=8, map_nbytes=8, image_nbytes=8, threads=2, memory=2**33
-        )
+        patch.setattr(tiles, "LEAST_FRAMES", 1)
+        plan = tiles.plan(source, tiles.Limits(source.frames, 8, threads=2, memory=2**33), 8, 8)
+    assert len(plan.shards) >= frames // max(shard, 7 * tile + 7)
     piece = source.pieces[0]
     seen = []
     for one in plan.shards:

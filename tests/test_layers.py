@@ -9,7 +9,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SENTENCE = ["formats", "storage", "codecs", "tiles", "backends", "analyses", "engine", "results"]
-AFTER = ["dataset", "region", "recipe", "executors", "provenance", "job", "plot", "demo", "cli"]
+AFTER = [
+    "correction",
+    "stream",
+    "resident",
+    "dataset",
+    "region",
+    "recipe",
+    "executors",
+    "provenance",
+    "job",
+    "plot",
+    "demo",
+    "cli",
+]
 EVERYWHERE = ["errors", "axes"]
 
 

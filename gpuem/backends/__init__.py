@@ -1,12 +1,14 @@
 """What a backend can be asked for, and which one is asked.
 
-`cpu` (Numba) and later `cuda` (CuPy) are modules with the same functions:
+`cpu` (Numba) and `cuda` (CuPy) are modules with the same functions:
 
-    load(source, files, piece, box, keep)     read and decode the wanted frames of a tile
     prepare(weights, shape, dtype)            what stays the same for all frames: spans, padded weights
+    plan(source, prepared, limits)            where the cuts are and what they cost
+    load(source, files, piece, box, keep)     read and decode the wanted frames of a tile
     new_sums(prepared, frames)                empty accumulators for a shard
     add_frames(frames, prepared, sums, at)    sums, masks, moments of a block of frames
     usable(frames)                            which frames can be summed exactly
+    fetch(sums)                               the accumulators in host memory
 """
 
 from __future__ import annotations
@@ -18,8 +20,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-from gpuem.errors import DeviceError
 
 Device = Literal["auto", "cuda", "cpu"]
 log = logging.getLogger("gpuem")
@@ -119,18 +119,41 @@ class Sums:
     maximum: NDArray[Any]
 
 
+def sums_fit(magnitudes: NDArray[np.float64], shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """Whether exact sums of frames fit into 64 bits, from the largest pixel and the sum of each (n, 2).
+
+    A moment is at most the frame's sum times the longer side; many such frames must fit into a total.
+    """
+    return np.asarray((magnitudes[:, 0] <= 2.0**32) & (magnitudes[:, 1] * max(shape) < 2.0**62))
+
+
+def reason_unusable(dtype: np.dtype[Any]) -> str:
+    """What is wrong with a frame of such pixels that can't be summed exactly."""
+    if dtype.kind == "f":
+        return "NaN or infinity among the pixels"
+    return "counts too large for exact sums in 64 bits (a pixel beyond 2^32, or a frame's sum); convert to float64"
+
+
 def select(device: Device) -> ModuleType:
     """The backend for `device`; says in the log what "auto" took and why.
 
     Raises
     ------
     DeviceError
-        "cuda" was asked for. There is never a silent run on the CPU instead.
+        "cuda" was asked for and can't be had. There is never a silent run on the CPU instead.
     """
-    if device == "cuda":
-        raise DeviceError('device = "cuda": this version of gpuem has no CUDA backend yet; use "cpu" or "auto"')
     from gpuem.backends import cpu
 
-    if device == "auto":
-        log.info("device: cpu (this version of gpuem has no CUDA backend yet)")
-    return cpu
+    if device == "cpu":
+        return cpu
+    from gpuem.backends import cuda_device
+
+    reason = cuda_device.why_not()
+    if reason and device == "auto":
+        log.info("device: cpu (%s)", reason)
+        return cpu
+    gpu = cuda_device.gpu()
+    from gpuem.backends import cuda
+
+    log.info("device: cuda (%s)", gpu)
+    return cuda

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuem.backends import Frames, Sums, Weights
+from gpuem import tiles
+from gpuem.backends import Frames, Sums, Weights, reason_unusable, sums_fit
 from gpuem.backends import cpu_kernels as kernels
 from gpuem.backends.cpu_load import load
 from gpuem.backends.cpu_vectors import LANES, PITCH
+from gpuem.formats.source import Source
+from gpuem.tiles import Limits, Plan
 
-__all__ = ["NAME", "Prepared", "add_frames", "load", "new_sums", "prepare", "usable"]
+__all__ = ["NAME", "Prepared", "add_frames", "fetch", "load", "new_sums", "plan", "prepare", "usable"]
 
 NAME = "cpu"
 # the second-level cache of current processors holds 1 to 2 MiB per core
@@ -70,6 +73,18 @@ def prepare(weights: Weights, shape: tuple[int, int], dtype: np.dtype[Any]) -> P
         _spans(regions, shape, longest=kernels.STRIP),
         images,
     )
+
+
+def plan(source: Source, prepared: Prepared, limits: Limits) -> Plan:
+    """Cut a source into work for the threads of this process; raises PlanError where it doesn't fit."""
+    one = new_sums(prepared, 1)
+    per_position = sum(array.nbytes for array in (one.masks, one.images, one.moments)) + 8
+    return tiles.plan(source, limits, per_position, one.total.nbytes + one.maximum.nbytes)
+
+
+def fetch(sums: Sums) -> Sums:
+    """The accumulators of a shard in host memory, where they are."""
+    return sums
 
 
 def new_sums(prepared: Prepared, frames: int) -> Sums:
@@ -128,13 +143,11 @@ def usable(frames: Frames) -> tuple[NDArray[np.bool_], str]:
     out = np.ones(frames.starts.size, np.bool_)
     if dtype.kind == "f":
         kernels.all_finite(frames.pixels, frames.starts, math.prod(shape), out)
-        return out, "NaN or infinity among the pixels"
-    if dtype.itemsize >= 4 and (dtype.itemsize == 8 or math.prod(shape) * max(shape) >= 2**31):
+    elif dtype.itemsize >= 4 and (dtype.itemsize == 8 or math.prod(shape) * max(shape) >= 2**31):
         found = np.empty((frames.starts.size, 2), np.float64)
         kernels.magnitudes(frames.pixels, frames.starts, math.prod(shape), found)
-        # a moment is at most the frame's sum times the longer side; many such frames must fit into a total
-        out = (found[:, 0] <= 2.0**32) & (found[:, 1] * max(shape) < 2.0**62)
-    return out, "counts too large for exact sums in 64 bits (a pixel beyond 2^32, or a frame's sum); convert to float64"
+        out = sums_fit(found, shape)
+    return out, reason_unusable(dtype)
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:

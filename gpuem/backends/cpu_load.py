@@ -1,10 +1,15 @@
-"""Tiles in host memory: plain native pixels are used where the file is mapped, all else is decoded to scratch."""
+"""Tiles in host memory: plain native pixels are used where the file is mapped, all else is decoded to scratch.
+
+Where frames are to be corrected, that is done a few at a time, into scratch of its own.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +17,10 @@ from numpy.typing import NDArray
 
 from gpuem import codecs, tiles
 from gpuem.backends import Block, Frames, Lost
+from gpuem.backends.chunk_grid import chunk_grid
+from gpuem.backends.cpu_correct import correct
 from gpuem.errors import DataError
-from gpuem.formats.source import Box, Chunks, Piece, Runs, Source, Strided
+from gpuem.formats.source import Box, Chunks, Correction, Piece, Resident, Runs, Source, Strided
 from gpuem.storage.host import Files
 
 # reading over a small gap is cheaper than another read
@@ -23,7 +30,7 @@ _NOTHING = np.empty(0, np.uint8)
 
 
 def load(source: Source, files: Files, piece: Piece, box: Box, keep: NDArray[np.bool_]) -> Iterator[Block | Lost]:
-    """Read and decode the wanted frames of one tile.
+    """Read, decode and correct the wanted frames of one tile.
 
     What a thread gets is valid until it asks for the next.
 
@@ -40,7 +47,32 @@ def load(source: Source, files: Files, piece: Piece, box: Box, keep: NDArray[np.
     keep : (n,) bool
         Which frames of the tile are wanted, in C order of the box.
     """
+    decoded = _load_raw(source, files, piece, box, keep)
+    return decoded if source.correction is None else _corrected(source, source.correction, decoded)
+
+
+def _corrected(source: Source, correction: Correction, decoded: Iterator[Block | Lost]) -> Iterator[Block | Lost]:
+    """Corrected copies of decoded frames, as many at a time as stay in the cache."""
+    at_once = tiles.corrected_frames(source)
+    for item in decoded:
+        if isinstance(item, Lost):
+            yield item
+            continue
+        raw = item.frames
+        for first in range(0, raw.starts.size, at_once):
+            some = slice(first, first + at_once)
+            frames = Frames(raw.pixels, raw.starts[some], raw.shape)
+            out = _scratch("corrected", (frames.starts.size, math.prod(raw.shape)), source.dtype)
+            yield Block(correct(frames, correction, out), item.indices[some])
+
+
+def _load_raw(source: Source, files: Files, piece: Piece, box: Box, keep: NDArray[np.bool_]) -> Iterator[Block | Lost]:
+    """Read and decode the wanted frames of one tile."""
     indices = tiles.frames_of(piece, box)
+    if isinstance(piece.layout, Resident):
+        there, layout = _brought_back(piece.layout, indices[keep] - piece.start)
+        yield from _load_raw(source, there, replace(piece, layout=layout), box, keep)
+        return
     if isinstance(piece.layout, Runs):
         yield from _load_runs(source, files, piece, piece.layout, indices[keep])
         return
@@ -57,6 +89,36 @@ def load(source: Source, files: Files, piece: Piece, box: Box, keep: NDArray[np.
             return
     size = math.prod(source.frame_shape)
     yield Block(Frames(pixels.reshape(-1), np.flatnonzero(keep) * size, source.frame_shape), indices[keep])
+
+
+class _DeviceBytes(Files):
+    """Bytes in the memory of a GPU, read like a file."""
+
+    def __init__(self, data: Any) -> None:
+        super().__init__(())
+        self._data = data
+
+    def path(self, k: int) -> Path:
+        return Path("GPU memory")
+
+    def view(self, k: int) -> NDArray[np.uint8]:
+        return np.asarray(self._data.get())
+
+    def read(self, k: int, offset: int, length: int) -> NDArray[np.uint8]:
+        return np.asarray(self._data[offset : offset + length].get())
+
+
+def _brought_back(layout: Resident, frames: NDArray[np.int64]) -> tuple[Files, Runs | Chunks]:
+    """A stretch of a GPU's memory that holds these frames, as a file, and how they lie in it."""
+    inner = layout.inner
+    if isinstance(inner, Chunks):
+        return _DeviceBytes(layout.data), replace(inner, file=np.zeros_like(inner.file))
+    ends = np.cumsum(inner.frames)
+    run = np.searchsorted(ends, frames, side="right")
+    at = inner.offset[run] + (frames - (ends - inner.frames)[run]) * inner.stride[run]
+    low, high = int(at.min()) // 16 * 16, int(at.max()) + inner.frame_bytes
+    moved = replace(inner, file=np.zeros_like(inner.file), offset=inner.offset - low)
+    return _DeviceBytes(layout.data[low:high]), moved
 
 
 def _scratch(purpose: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -88,12 +150,12 @@ def _frames_at(source: Source, piece: Piece, data: NDArray[np.uint8], at: NDArra
     """Frames whose stored bytes start at byte offsets `at` of mapped `data`."""
     item, size = piece.stored.itemsize, math.prod(source.frame_shape)
     if piece.codec:
-        pixels = _scratch("pixels", (at.size, *source.frame_shape), source.dtype)
+        pixels = _scratch("pixels", (at.size, *source.frame_shape), source.raw_dtype)
         codecs.unpack(piece.codec, data, at, pixels)
-    elif piece.stored == source.dtype and at[0] % item == 0 and stride % item == 0:
-        return Frames(data[: data.size // item * item].view(source.dtype), at // item, source.frame_shape)
+    elif piece.stored == source.raw_dtype and at[0] % item == 0 and stride % item == 0:
+        return Frames(data[: data.size // item * item].view(source.raw_dtype), at // item, source.frame_shape)
     else:
-        pixels = _scratch("pixels", (at.size, size), source.dtype)
+        pixels = _scratch("pixels", (at.size, size), source.raw_dtype)
         count = int((at[-1] - at[0]) // stride) + 1 if stride else 1
         stored = np.ndarray((count, size), piece.stored, data, int(at[0]), (stride, item))
         np.copyto(pixels, stored if count == at.size else stored[(at - at[0]) // stride])
@@ -104,52 +166,18 @@ def _load_chunks(
     source: Source, files: Files, piece: Piece, chunks: Chunks, box: Box, keep: NDArray[np.bool_]
 ) -> tuple[NDArray[Any], list[Lost]]:
     """Decode all chunks of a tile that hold a wanted frame into one array (tile..., y, x)."""
-    nav, extent = len(piece.nav), (*piece.nav, *source.frame_shape)
-    whole = (*box, slice(0, source.frame_shape[0]), slice(0, source.frame_shape[1]))
-    first = [s.start // c for s, c in zip(whole, chunks.shape, strict=True)]
-    counts = [-(-s.stop // c) - f for s, c, f in zip(whole, chunks.shape, first, strict=True)]
-    corners = np.indices(counts).reshape(len(counts), -1) + np.reshape(first, (-1, 1))
-    index = np.ravel_multi_index(tuple(corners), [-(-n // c) for n, c in zip(extent, chunks.shape, strict=True)])
-    wanted = keep.reshape([s.stop - s.start for s in box])
-
-    def place(corner: NDArray[np.int64]) -> tuple[slice, ...]:
-        """The part of the tile that a chunk fills."""
-        return tuple(
-            slice(k * c - w.start, min(k * c + c, n) - w.start)
-            for k, c, n, w in zip(corner.tolist(), chunks.shape, extent, whole, strict=True)
-        )
-
-    if _chunks_follow_one_another(chunks.shape, counts, whole):
-        needed = wanted.reshape(index.size, -1).any(axis=1)
-    else:
-        needed = np.array([wanted[place(corner)[:nav]].any() for corner in corners.T])
-    written = chunks.length[index] > 0
-    decoded = _scratch("decoded", (index.size, *chunks.shape), piece.stored)
-    broken = _decode(piece, chunks, files, index, needed & written, decoded)
-    lost = []
-    for k in np.flatnonzero(needed & ~written).tolist() + sorted(broken):
-        where = place(corners[:, k])
-        frames = [slice(s.start + b.start, s.stop + b.start) for s, b in zip(where[:nav], box, strict=True)]
-        affected = tiles.frames_of(piece, frames)[wanted[where[:nav]].reshape(-1)]
-        if k in broken:
-            lost.append(Lost(affected, broken[k]))
-        else:
-            lost.append(Lost(affected, "chunk was never written", broken=False))
-    if _chunks_follow_one_another(chunks.shape, counts, whole):
-        return decoded.astype(source.dtype, copy=False), lost
-    pixels = _scratch("pixels", (*wanted.shape, *source.frame_shape), source.dtype)
-    for k in np.flatnonzero(needed & written).tolist():
-        where = place(corners[:, k])
+    grid = chunk_grid(source, piece, chunks, box, keep)
+    decoded = _scratch("decoded", (grid.index.size, *chunks.shape), piece.stored)
+    broken = _decode(piece, chunks, files, grid.index, grid.needed & grid.written, decoded)
+    lost = [Lost(frames, "chunk was never written", broken=False) for frames in grid.unwritten()]
+    lost += [Lost(grid.frames(k), broken[k]) for k in sorted(broken)]
+    if grid.follow_one_another:
+        return decoded.astype(source.raw_dtype, copy=False), lost
+    pixels = _scratch("pixels", (*grid.wanted.shape, *source.frame_shape), source.raw_dtype)
+    for k in np.flatnonzero(grid.needed & grid.written).tolist():
+        where = grid.place(k)
         pixels[where] = decoded[k][tuple(slice(0, s.stop - s.start) for s in where)]
     return pixels, lost
-
-
-def _chunks_follow_one_another(chunk: tuple[int, ...], counts: list[int], whole: Box) -> bool:
-    """Whether chunks laid end to end are the tile: none hangs over, and before an axis that is cut all are 1 long."""
-    fits = counts[-2:] == [1, 1] and all(
-        n * c == s.stop - s.start for n, c, s in zip(counts, chunk, whole, strict=True)
-    )
-    return fits and all(n == 1 or all(c == 1 for c in chunk[:axis]) for axis, n in enumerate(counts))
 
 
 def _decode(
@@ -202,7 +230,7 @@ def _frame_by_frame(
     for k in np.flatnonzero(keep).tolist():
         corner = np.unravel_index(k, [s.stop - s.start for s in box])
         one = tuple(slice(s.start + int(c), s.start + int(c) + 1) for s, c in zip(box, corner, strict=True))
-        yield from load(source, files, piece, one, np.ones(1, np.bool_))
+        yield from _load_raw(source, files, piece, one, np.ones(1, np.bool_))
 
 
 def _load_array(source: Source, files: Files, piece: Piece, box: Box) -> NDArray[Any]:
@@ -212,9 +240,9 @@ def _load_array(source: Source, files: Files, piece: Piece, box: Box) -> NDArray
     if isinstance(layout, Strided):
         shape = (*piece.nav, *source.frame_shape)
         array = np.ndarray(shape, piece.stored, files.view(layout.file), layout.offset, layout.strides)[whole]
-        return np.ascontiguousarray(array, source.dtype)
-    assert not isinstance(layout, Runs | Chunks)
+        return np.ascontiguousarray(array, source.raw_dtype)
+    assert not isinstance(layout, Runs | Chunks | Resident)
     if layout.concurrent:
-        return np.ascontiguousarray(layout.read(whole), source.dtype)
+        return np.ascontiguousarray(layout.read(whole), source.raw_dtype)
     with files.one_at_a_time:
-        return np.ascontiguousarray(layout.read(whole), source.dtype)
+        return np.ascontiguousarray(layout.read(whole), source.raw_dtype)

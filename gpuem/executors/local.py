@@ -1,4 +1,4 @@
-"""Shards in threads of this process; the kernels release the GIL."""
+"""Shards in this process: on its threads, where the kernels release the GIL, or on its GPU."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Iterator[Par
     progress : callable
         Called from a worker with the number of wanted frames of every shard that is done.
     """
+    if job.backend.NAME == "cuda":
+        yield from _on_device(job, progress)
+        return
     count = len(job.plan.shards)
     ahead = 2 * job.plan.threads
     waiting: deque[Future[Partial]] = deque()
 
     def work(index: int) -> Partial:
         partial = run_shard(job, index)
-        if progress:
-            progress(partial.positions.size + sum(item.indices.size for item in partial.lost))
+        _tell(progress, partial)
         return partial
 
     with ThreadPoolExecutor(job.plan.threads, thread_name_prefix="gpuem") as pool:
@@ -46,6 +48,20 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Iterator[Par
             job.stop.set()
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _on_device(job: Job, progress: Callable[[int], None] | None) -> Iterator[Partial]:
+    """One GPU, driven by this thread; reader threads feed it."""
+    from gpuem import stream
+
+    for partial in stream.run(job, range(len(job.plan.shards))):
+        _tell(progress, partial)
+        yield partial
+
+
+def _tell(progress: Callable[[int], None] | None, partial: Partial) -> None:
+    if progress:
+        progress(partial.positions.size + sum(item.indices.size for item in partial.lost))
 
 
 def cpus() -> int:

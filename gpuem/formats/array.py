@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from gpuem.errors import InputError, RecipeError
 from gpuem.formats.raw import native_type, pixel_type
-from gpuem.formats.source import Box, Calls, Piece, Source
+from gpuem.formats.source import Box, Calls, Piece, Resident, Runs, Source
 
 
 def describe(array: Any) -> Source:
@@ -31,6 +32,8 @@ def describe(array: Any) -> Source:
     if len(shape) < 2 or 0 in shape:
         raise InputError(f"an array of shape {shape} has no frames; (scan..., y, x) is needed")
     stored = pixel_type(np.dtype(array.dtype).str)
+    if hasattr(array, "__cuda_array_interface__") and array.__cuda_array_interface__.get("strides") is None:
+        return _on_device(array, shape, stored)
     nav, frame = shape[:-2] or (1,), (shape[-2], shape[-1])
 
     def read(box: Box) -> NDArray[Any]:
@@ -45,6 +48,15 @@ def describe(array: Any) -> Source:
     chunk = tuple(int(c) for c in chunks[: len(nav)]) if chunks and len(shape) > 2 else (1,) * len(nav)
     piece = Piece(0, nav, Calls(read, chunk, concurrent=True), stored)
     return Source(type(array).__name__, (), (piece,), piece.frames, frame, native_type(stored), nav)
+
+
+def _on_device(array: Any, shape: tuple[int, ...], stored: np.dtype[Any]) -> Source:
+    """A contiguous CuPy array, used where it is."""
+    nav, frame = shape[:-2] or (1,), (shape[-2], shape[-1])
+    count, nbytes = math.prod(nav), math.prod(frame) * stored.itemsize
+    layout = Resident(array.reshape(-1).view(np.uint8), Runs.one(0, count, nbytes, nbytes))
+    piece = Piece(0, nav, layout, stored)
+    return Source(type(array).__name__, (), (piece,), count, frame, native_type(stored), nav)
 
 
 def read_array(path: Path, what: str) -> NDArray[Any]:

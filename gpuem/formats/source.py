@@ -6,8 +6,10 @@ Runs      frames one after another at a fixed distance: raw, npy, mib, empad, co
 Chunks    a regular grid of separately stored (and compressed) boxes: HDF5, Zarr
 Strided   one array whose pixels of a frame aren't adjacent: Fortran order
 Calls     what can't be described by byte extents: arrays in memory, lazy arrays; a function returns a box
+Resident  runs or chunks whose bytes lie in the memory of a GPU
 
-Codecs are data too: a tuple of steps, each a name with parameters, in the order in which they are undone.
+Codecs are data too: a tuple of steps, each a name with parameters, in the order in which they are undone. So is the
+correction of pixels once they are decoded: stored type -> `Source.raw_dtype` -> correction -> `Source.dtype`.
 """
 
 from __future__ import annotations
@@ -122,7 +124,28 @@ class Calls:
     concurrent: bool = True
 
 
-Layout = Runs | Chunks | Strided | Calls
+@dataclass(frozen=True)
+class Resident:
+    """Frames that lie in the memory of a GPU, as pixels or as a file stores them.
+
+    Parameters
+    ----------
+    data : (m,) uint8 device array
+        The bytes.
+    inner : Runs or Chunks
+        Where the frames are in them; its `file` is not used.
+    """
+
+    data: Any
+    inner: Runs | Chunks
+
+
+Layout = Runs | Chunks | Strided | Calls | Resident
+
+
+def stored_layout(layout: Layout) -> Runs | Chunks | Strided | Calls:
+    """How frames are laid out, wherever they are."""
+    return layout.inner if isinstance(layout, Resident) else layout
 
 
 @dataclass(frozen=True)
@@ -135,7 +158,7 @@ class Piece:
         Flat index, in file order, of its first frame.
     nav : tuple of int
         How the frames are arranged where they are stored; their flat order is C order of this shape.
-    layout : Runs, Chunks, Strided or Calls
+    layout : Runs, Chunks, Strided, Calls or Resident
         Where the bytes are.
     stored : numpy.dtype
         Type of a pixel as it is stored once the codec is undone, byte order included.
@@ -155,6 +178,45 @@ class Piece:
         return math.prod(self.nav)
 
 
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """What becomes of every decoded pixel: (pixel - dark) * gain, then dead pixels from their good neighbours.
+
+    Made and checked by `gpuem.correction.of`. Every step is rounded to the type after: the pixel is converted,
+    dark is subtracted, gain multiplies. Then each dead pixel becomes the mean of corrected good ones: floats are added
+    in float64 in the order of `neighbours`, divided and converted; the mean of integers is rounded half up,
+    floor((2 * sum + n) / (2 * n)).
+
+    Parameters
+    ----------
+    raw_dtype, dtype : numpy.dtype
+        Type of a pixel before and after, in native byte order.
+    dark, gain : (y, x) float or None
+        In the type after, C order; None where nothing is subtracted, or multiplied.
+    dead : (y, x) bool or None
+        Which pixels are replaced.
+    neighbours : tuple of (k,), (k + 1,), (m,) int32
+        Flat indices of the dead pixels, ascending; where in the third array those that replace pixel j begin and end
+        (offsets j and j + 1); their flat indices, ascending for each dead pixel. All are good. Without dead pixels
+        k = m = 0.
+    origin : mapping
+        Where dark, gain and dead come from: a path, ``"array"`` or ``"list"``; only what was given.
+    """
+
+    raw_dtype: np.dtype[Any]
+    dtype: np.dtype[Any]
+    dark: NDArray[Any] | None
+    gain: NDArray[Any] | None
+    dead: NDArray[np.bool_] | None
+    neighbours: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
+    origin: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tables."""
+        return sum(table.nbytes for table in (self.dark, self.gain, self.dead, *self.neighbours) if table is not None)
+
+
 @dataclass(frozen=True)
 class Source:
     """Detector frames as files hold them.
@@ -172,7 +234,7 @@ class Source:
     frame_shape : tuple of int
         Detector shape (y, x).
     dtype : numpy.dtype
-        Type of a pixel as gpuem hands it out, in native byte order.
+        Type of a pixel as gpuem hands it out, in native byte order; the corrected type where there is a correction.
     scan_shape : tuple of int
         The scan as the file gives it; (frames,) where it doesn't say.
     scan, detector : tuple of Axis
@@ -181,6 +243,8 @@ class Source:
         What the header says, as plain values.
     notes : tuple of str
         What a user should be told about this file (a rest at the end, an aborted acquisition).
+    correction : Correction, optional
+        What becomes of every pixel between decoding and computing.
     """
 
     format: str
@@ -194,13 +258,29 @@ class Source:
     detector: tuple[Axis, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    correction: Correction | None = None
+
+    @property
+    def raw_dtype(self) -> np.dtype[Any]:
+        """Type of a decoded pixel before it is corrected, in native byte order; `dtype` where nothing is corrected."""
+        return self.dtype if self.correction is None else self.correction.raw_dtype
+
+    @property
+    def in_files(self) -> bool:
+        """Whether anything has to be read from files; not so for data that is in memory or on a GPU."""
+        return any(not isinstance(piece.layout, Resident | Calls) for piece in self.pieces)
 
     @property
     def frame_nbytes(self) -> int:
-        """Bytes of a decoded frame."""
+        """Bytes of a decoded frame, before it is corrected."""
+        return math.prod(self.frame_shape) * self.raw_dtype.itemsize
+
+    @property
+    def corrected_nbytes(self) -> int:
+        """Bytes of a frame as gpuem hands it out."""
         return math.prod(self.frame_shape) * self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all frames, decoded."""
+        """Bytes of all frames, decoded, before they are corrected."""
         return self.frames * self.frame_nbytes

@@ -1,0 +1,138 @@
+"""What a run takes on the GPU and beside it, counted before anything is allocated."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuem import tiles
+from gpuem.backends import cuda_device, cuda_load
+from gpuem.errors import PlanError
+from gpuem.formats.source import Chunks, Resident, Runs, Source, stored_layout
+from gpuem.storage.pinned import slot_nbytes
+from gpuem.tiles import Limits, Plan, Shard, Sizes
+
+if TYPE_CHECKING:
+    from gpuem.backends.cuda import Prepared
+
+# one slot is computed with, one is copied, the others are filled
+SLOTS = 4
+# shards whose sums are on their way: one adds up, one is copied back, one is put in its place
+SUMS = 3
+# large enough that launching costs nothing beside copying, small enough to stay in the second-level cache when decoded
+SIZES = Sizes(runs_tile=32 << 20, tile=32 << 20, shard=256 << 20)
+# so many threads read the page cache faster than the bus takes it
+READERS = 16
+# the driver's context, loaded kernels, and what the allocator rounds up
+CONTEXT_NBYTES = 600 << 20
+# of the free memory, what a run takes at most when it isn't told
+SHARE = 0.9
+
+
+def plan(source: Source, prepared: Prepared, limits: Limits) -> Plan:
+    """Cut a source into shards and tiles for the GPU, and count the memory.
+
+    Raises
+    ------
+    PlanError
+        It doesn't fit into the GPU's memory, or into that of the host; with the numbers.
+    """
+    shards, cuts = tiles.cut(source, SIZES)
+    needs = cuda_load.needs(source, cuts)
+    slot = slot_nbytes(needs.pop("slot", 0), (needs.pop("tables", 0), 4096))
+    sums = sums_nbytes(source, prepared, shards, cuts)
+    readers = min(limits.threads, READERS)
+    fixed = {
+        "decoding": sum(needs.values()),
+        "sums of shards": SUMS * sums,
+        "masks and weights": table_nbytes(source, prepared) + 16 * max((math.prod(c) for c in cuts), default=0),
+        "looking again at broken tiles": sums + _largest_tile(source, cuts),
+    }
+    free = cuda_device.gpu().free
+    allowed = min(free, limits.device_memory) if limits.device_memory is not None else int(SHARE * free)
+    device = {**fixed, f"{SLOTS} slots": SLOTS * slot}
+    _refuse("the GPU's memory", device, allowed, f"{free / 1e6:,.0f} MB of it are free", "[run] device_memory")
+    per_position = sum(part.width for part in prepared.parts) * 8 + len(prepared.weights.images) * 8 + 8
+    host = {
+        "Python, libraries, kernels": tiles.BASE_NBYTES + CONTEXT_NBYTES,
+        "sums and maps": limits.positions * (2 * per_position + limits.map_nbytes),
+        "images": 3 * _image_nbytes(prepared),
+        "page-locked slots": SLOTS * slot + SUMS * sums,
+        f"{readers} readers": _reader_nbytes(source, cuts, readers),
+    }
+    _refuse("memory", host, limits.memory, "", "[run] memory")
+    return Plan(shards, cuts, readers, host, device)
+
+
+def _refuse(what: str, needed: dict[str, int], allowed: int, note: str, key: str) -> None:
+    total = sum(needed.values())
+    if total > allowed:
+        parts = ", ".join(f"{name} {n / 1e6:,.0f} MB" for name, n in needed.items())
+        raise PlanError(
+            f"the run needs {total / 1e6:,.0f} MB of {what} and may take {allowed / 1e6:,.0f} MB"
+            f"{f' ({note})' if note else ''}: {parts}. Allow more ({key}), end what else uses it, or store the data in "
+            "chunks of fewer frames"
+        )
+
+
+def sums_nbytes(
+    source: Source, prepared: Prepared, shards: tuple[Shard, ...], cuts: tuple[tuple[int, ...], ...]
+) -> int:
+    """Bytes of the accumulators of the largest shard."""
+    from gpuem.backends import cuda
+
+    frames = max((shard.frames for shard in shards), default=0)
+    return cuda.places(prepared, frames, chunks_of_shard(source, shards, cuts))[1]
+
+
+def chunks_of_shard(source: Source, shards: tuple[Shard, ...], cuts: tuple[tuple[int, ...], ...]) -> int:
+    """Most chunks of a shard that are decoded on the device, each of which reports a code."""
+    most = 0
+    for shard in shards:
+        piece, tile = source.pieces[shard.piece], cuts[shard.piece]
+        layout = stored_layout(piece.layout)
+        if isinstance(layout, Chunks) and piece.codec and cuda_load.on_device(source, piece):
+            per_tile = math.prod(-(-t // c) for t, c in zip((*tile, *source.frame_shape), layout.shape, strict=True))
+            most = max(most, (shard.last - shard.first) * per_tile)
+    return most
+
+
+def table_nbytes(source: Source, prepared: Prepared) -> int:
+    """Bytes of masks, weights and corrections on the device."""
+    tables = sum(table.nbytes for table in prepared.host_tables) + _image_nbytes(prepared)
+    return tables + (source.correction.nbytes if source.correction is not None else 0)
+
+
+def _image_nbytes(prepared: Prepared) -> int:
+    return 16 * math.prod(prepared.shape) if prepared.with_images else 0
+
+
+def _largest_tile(source: Source, cuts: tuple[tuple[int, ...], ...]) -> int:
+    frame = max(source.frame_nbytes, source.corrected_nbytes)
+    return max((min(math.prod(cut), 1 + SIZES.tile // frame) * frame for cut in cuts), default=0)
+
+
+def _reader_nbytes(source: Source, cuts: tuple[tuple[int, ...], ...], readers: int) -> int:
+    """Scratch of the threads that decode on the host what the device can't."""
+    most = 0
+    for piece, tile in zip(source.pieces, cuts, strict=True):
+        if not cuda_load.on_device(source, piece):
+            most = max(most, tiles.scratch_nbytes(piece, tile, source))
+    return min(readers, SLOTS) * most
+
+
+def extents_of(source: Source) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Byte offset and length of the blocks that are read at once, to judge whether GPUDirect suits them."""
+    offsets, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for piece in source.pieces:
+        layout = piece.layout
+        if isinstance(layout, Runs):
+            offsets.append(layout.offset)
+            lengths.append(np.minimum(layout.frames * layout.stride, SIZES.runs_tile))
+        elif isinstance(layout, Chunks) and not isinstance(piece.layout, Resident):
+            offsets.append(layout.offset[layout.length > 0])
+            lengths.append(layout.length[layout.length > 0])
+    return np.concatenate(offsets), np.concatenate(lengths)

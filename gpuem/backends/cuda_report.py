@@ -1,0 +1,230 @@
+"""Which kernels there are, compiled ahead of their first use; registers and spills as the compiler tells them.
+
+None of it needs a GPU: NVRTC compiles for any architecture that it knows.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gpuem.backends import cuda_compile
+from gpuem.backends import cuda_kernels as kernels
+from gpuem.backends.cuda_device import INSTALL
+from gpuem.errors import DeviceError
+
+# what most detectors write and what corrected pixels become
+USUAL = ("u1", "u2", "f4")
+_STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers")
+_SHARED = re.compile(r"Used .*?(\d+) bytes smem")
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A kernel with its template arguments.
+
+    Parameters
+    ----------
+    file : str
+        File of the kernel, without its ending.
+    expression : str
+        The kernel as C++ writes it, such as ``all_sums<u16, 16, true>``.
+    """
+
+    file: str
+    expression: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel takes on one architecture.
+
+    Parameters
+    ----------
+    expression : str
+        The kernel.
+    architecture : str
+        Compute capability, without the point.
+    registers : int
+        Of a thread.
+    spilled : int
+        Bytes written to memory and read back for want of registers, as many as the machine code has places that do so.
+    stack : int
+        Bytes of a thread's memory: arrays that don't fit into registers, and spills.
+    shared : int
+        Bytes of shared memory that every block takes; what a launch asks for comes on top.
+    code : int
+        Bytes of the file with the machine code.
+    seconds : float
+        Time it took; next to nothing where it was compiled before.
+    """
+
+    expression: str
+    architecture: str
+    registers: int
+    spilled: int
+    stack: int
+    shared: int
+    code: int
+    seconds: float
+
+
+def instances() -> list[Instance]:
+    """Every kernel that `cuda_kernels` can ask for, with all template arguments."""
+    return _together(kernels.PIXELS)
+
+
+def usual() -> list[Instance]:
+    """Kernels for the pixels that most data have: u8, u16, f32."""
+    return _together(np.dtype(name) for name in USUAL)
+
+
+def _together(dtypes: Iterable[np.dtype[np.generic]]) -> list[Instance]:
+    found = {Instance("lz4", "lz4"): None}
+    for dtype in dtypes:
+        found |= dict.fromkeys(_converting(dtype))
+        found |= dict.fromkeys(_summing(dtype))
+    return sorted(found, key=lambda instance: (instance.file, instance.expression))
+
+
+def _instance(file: str, *arguments: str | int | bool, function: str = "") -> Instance:
+    return Instance(file, cuda_compile.expression(function or file, arguments))
+
+
+def _summing(dtype: np.dtype[np.generic]) -> Iterator[Instance]:
+    """What computes on native frames of a type."""
+    of, item = kernels.PIXELS[dtype], dtype.itemsize
+    alignments = {kernels._load(aligned, item) for aligned in (1, 2, 4, 8, 16) if aligned >= item}
+    real = kernels.PIXELS[kernels.weight_images([np.zeros((1, 1))], dtype).dtype]
+    for aligned in alignments:
+        for images in (False, True):
+            yield _instance("all_sums", of, aligned, images)
+        yield _instance("image_sums", of, real, aligned)
+        if of in ("u8", "u16"):
+            yield _instance("image_sums", of, aligned, function="image_sums_tensor")
+            for tiles in (2, 4):
+                yield _instance("mask_sums", of, aligned, tiles)
+    if dtype.kind == "f":
+        yield _instance("all_finite", of)
+    elif item >= 4:
+        yield _instance("magnitudes", of)
+    yield _instance("patch_dead", of)
+
+
+def _converting(dtype: np.dtype[np.generic]) -> Iterator[Instance]:
+    """What makes native or corrected frames of stored pixels of a type."""
+    of, item = kernels.PIXELS[dtype], dtype.itemsize
+    bits = f"u{8 * item}"
+    scaled = "f32" if item <= 2 or of == "f32" else "f64"
+    # chunks that are stored as they are are gathered as bits
+    yield _instance("convert", bits, bits, False)
+    for out in (of, scaled):
+        for swapped in (False, True)[: 1 if item == 1 else 2]:
+            yield _instance("convert", of, out, swapped)
+    yield _instance("place_chunks", bits)
+    yield _instance("bitshuffle_lz4", bits)
+    for depth in {"u8": (1, 6), "u16": (12,), "u32": (24,)}.get(of, ()):
+        yield _instance("merlin", depth)
+
+
+def why_not() -> str:
+    """Why kernels can't be compiled here, in words; empty where they can."""
+    try:
+        from cupy.cuda import nvrtc
+    except ModuleNotFoundError:
+        return f"CuPy is not installed: {INSTALL}"
+    except ImportError as error:
+        return f"CuPy can't be loaded: {error}"
+    try:
+        nvrtc.getVersion()
+    except (RuntimeError, OSError) as error:
+        first = str(error).strip().partition("\n")[0]
+        return (
+            f"NVRTC, the library that compiles kernels, can't be loaded ({first}). Install it for the CUDA version of "
+            "CuPy: pip install 'nvidia-cuda-nvrtc==13.*', or nvidia-cuda-nvrtc-cu12 beside cupy-cuda12x"
+        )
+    return ""
+
+
+def compile_all(architectures: Sequence[str], which: Sequence[Instance]) -> list[Row]:
+    """Compile kernels into the cache, as far as they aren't there yet.
+
+    Parameters
+    ----------
+    architectures : sequence of str
+        Compute capabilities without the point, such as ``90``.
+    which : sequence of Instance
+        The kernels.
+
+    Raises
+    ------
+    DeviceError
+        There is no compiler, a kernel doesn't compile, or the results can't be kept.
+    """
+    reason = why_not()
+    if reason:
+        raise DeviceError(f"kernels can't be compiled: {reason}")
+    return [compile_one(instance, architecture) for architecture in architectures for instance in which]
+
+
+def compile_one(instance: Instance, architecture: str) -> Row:
+    """Compile one kernel into the cache, or find it there."""
+    began = time.perf_counter()
+    path, _ = cuda_compile.kept(instance.file, instance.expression, architecture)
+    where = cuda_compile.cache_folder()
+    if path.parent != where:
+        path.unlink()
+        raise DeviceError(
+            f"compiled kernels can't be kept in {where}: it can't be written to. Name a folder in the environment "
+            "variable GPUEM_KERNEL_CACHE, the same for all processes that are to use them"
+        )
+    said = _said(instance, architecture, path.with_suffix(".log"))
+    return row(instance, architecture, said, path.stat().st_size, time.perf_counter() - began)
+
+
+def _said(instance: Instance, architecture: str, path: Path) -> str:
+    """What the compiler said of a kernel: kept beside its machine code, where it is written when first asked for."""
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    said = cuda_compile.compile_kernel(instance.file, instance.expression, architecture).log
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
+        file.write(said)
+    Path(file.name).replace(path)
+    return said
+
+
+def row(instance: Instance, architecture: str, said: str, code: int, seconds: float) -> Row:
+    """The numbers in what the assembler said of one kernel."""
+    used = _USED.search(said)
+    if used is None:
+        raise DeviceError(
+            f"kernel {instance.expression}: NVRTC doesn't say what it takes on sm_{architecture}:\n{said}"
+        )
+    functions = [[int(number) for number in found] for found in _STACK.findall(said)]
+    shared = _SHARED.search(said)
+    return Row(
+        instance.expression,
+        architecture,
+        int(used[1]),
+        sum(stores + loads for _, stores, loads in functions),
+        sum(stack for stack, _, _ in functions),
+        int(shared[1]) if shared else 0,
+        code,
+        seconds,
+    )
+
+
+def cached() -> tuple[int, int]:
+    """How many compiled kernels are kept, and their bytes."""
+    try:
+        sizes = [path.stat().st_size for path in cuda_compile.cache_folder().glob("*.cubin")]
+    except OSError:
+        return 0, 0
+    return len(sizes), sum(sizes)

@@ -1,0 +1,191 @@
+"""The buffers, streams and reader threads of one run on the GPU: allocated once, given back at its end."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuem.backends import Sums, cuda, cuda_load, cuda_plan, sums_fit
+from gpuem.backends.cuda import DeviceSums, Prepared
+from gpuem.backends.cuda_load import Tile
+from gpuem.errors import DataError
+from gpuem.formats.source import Source
+from gpuem.storage import gds
+from gpuem.storage.host import Files
+from gpuem.storage.pinned import Arrived, Load, Ring, slot_nbytes
+from gpuem.tiles import Plan
+
+log = logging.getLogger("gpuem")
+Array = Any
+
+
+@dataclass
+class Returning:
+    """Sums of a shard on their way back to the host."""
+
+    sums: DeviceSums
+    host: NDArray[np.uint8]
+    event: Any
+
+    def result(self) -> tuple[Sums, bool]:
+        """The sums once they are there, and whether all that went into them was good."""
+        self.event.synchronize()
+        return cuda.unpack(self.sums, self.host), self._all_good()
+
+    def _all_good(self) -> bool:
+        sums = self.sums
+
+        def array(name: str, count: int) -> NDArray[Any]:
+            at, shape, dtype = sums.places[name]
+            return self.host[at : at + math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)[:count]
+
+        broken = array("codes", sums.chunks).any() or not array("good", sums.checked).all()
+        return not broken and bool(sums_fit(array("magnitudes", sums.checked), sums.prepared.shape).all())
+
+
+class Session:
+    """Everything a run holds on the device.
+
+    Parameters
+    ----------
+    source : Source
+        The frames.
+    files : Files
+        Its files.
+    plan : Plan
+        The cuts, and how many readers.
+    prepared : Prepared
+        What to compute.
+    transfer : {"auto", "pinned", "gds"}
+        How bytes reach the device.
+    """
+
+    def __init__(self, source: Source, files: Files, plan: Plan, prepared: Prepared, transfer: str = "auto") -> None:
+        import cupy
+
+        self.source, self.prepared = source, prepared
+        kind, self.why = gds.choose(transfer, source.files, gds.aligned(*cuda_plan.extents_of(source)))
+        self.transfer = kind if source.files else "pinned"
+        log.info("transfer: %s (%s)", self.transfer, self.why)
+        self.compute = cupy.cuda.Stream(non_blocking=True)
+        # arrays that are there already may still be written to by the caller's stream
+        before = cupy.cuda.Event(disable_timing=True)
+        before.record()
+        self.compute.wait_event(before)
+        needs = cuda_load.needs(source, plan.tiles)
+        slot = slot_nbytes(needs.pop("slot", 0), (needs.pop("tables", 0), 4096))
+        direct = gds.Reader(source.files) if self.transfer == "gds" else None
+        self.ring: Ring[Any] = Ring(files, cuda_plan.SLOTS, slot, plan.threads, self.compute, direct)
+        self._scratch = {purpose: cupy.empty(nbytes, np.uint8) for purpose, nbytes in needs.items()}
+        self._even: dict[int, Array] = {}
+        self._most_frames = max((math.prod(tile) for tile in plan.tiles), default=0)
+        frames = max((shard.frames for shard in plan.shards), default=0)
+        self._chunks = cuda_plan.chunks_of_shard(source, plan.shards, plan.tiles)
+        self._places, nbytes = cuda.places(prepared, frames, self._chunks)
+        self._returning: dict[int, Returning] = {}
+        self._idle = [self._new_sums(frames, nbytes) for _ in range(cuda_plan.SUMS)]
+        with self.compute:
+            self._tables = self._correction()
+            _ = prepared.tables
+        self.compute.synchronize()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for what is under way and let go of everything."""
+        self.ring.close()
+        self.compute.synchronize()
+
+    def scratch(self, purpose: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An array of undefined content in memory that is kept for this purpose."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        return self._scratch[purpose][:nbytes].view(dtype).reshape(shape)
+
+    def even(self, frame: int) -> Array:
+        """Where frames begin that follow one another at a distance of `frame`."""
+        if frame not in self._even:
+            import cupy
+
+            starts = cupy.empty(self._most_frames, np.int64)
+            with self.compute:
+                starts.set(np.arange(self._most_frames, dtype=np.int64) * frame)
+            self._even[frame] = starts
+        return self._even[frame]
+
+    def tables(self) -> dict[str, Array]:
+        """Dark, gain and dead pixels as far as they are given."""
+        return self._tables
+
+    def stream(
+        self, tiles: Iterable[tuple[Any, Tile | None]]
+    ) -> Iterator[tuple[Any, Tile | None, Arrived | DataError | None]]:
+        """Bring tiles to the device in their order; see `gpuem.storage.pinned.Ring.stream`."""
+
+        def loads() -> Iterator[tuple[tuple[Any, Tile | None], Load | None]]:
+            for tag, tile in tiles:
+                yield (tag, tile), None if tile is None else tile.load
+
+        for (tag, tile), arrived in self.ring.stream(loads()):
+            yield tag, tile, arrived
+
+    def begin(self) -> DeviceSums:
+        """Empty accumulators for the next shard; at most `cuda_plan.SUMS` - 1 may still be on their way back."""
+        returning = self._idle.pop(0)
+        sums = returning.sums
+        sums.chunks = sums.checked = 0
+        with self.compute:
+            cuda.clear(sums)
+        return sums
+
+    def add(self, tile: Tile, arrived: Arrived, sums: DeviceSums, at: int) -> None:
+        """Decode a tile and add its frames, rows `at` and on."""
+        codes = sums.arrays["codes"][sums.chunks : sums.chunks + tile.chunks]
+        sums.chunks += tile.chunks
+        with self.compute:
+            if tile.indices.size:
+                frames = tile.decode(arrived, self, codes)
+                cuda.check_device_frames(frames, sums, at)
+                cuda.add_device_frames(frames, sums, at)
+
+    def end(self, sums: DeviceSums) -> Returning:
+        """Begin to copy the sums back."""
+        returning = self._returning[id(sums)]
+        sums.buffer.data.copy_to_host_async(returning.host.ctypes.data, sums.buffer.nbytes, self.compute)
+        returning.event.record(self.compute)
+        self._idle.append(returning)
+        return returning
+
+    def _new_sums(self, frames: int, nbytes: int) -> Returning:
+        import cupy
+
+        sums = DeviceSums(self.prepared, frames, cupy.empty(nbytes, np.uint8), self._places)
+        host = np.frombuffer(cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
+        made = Returning(sums, host, cupy.cuda.Event(disable_timing=True))
+        self._returning[id(sums)] = made
+        return made
+
+    def _correction(self) -> dict[str, Array]:
+        import cupy
+
+        correction = self.source.correction
+        if correction is None:
+            return {}
+        given: dict[str, NDArray[Any] | None] = {"dark": correction.dark, "gain": correction.gain}
+        if correction.neighbours[0].size:
+            given |= dict(zip(("dead", "offsets", "neighbours"), correction.neighbours, strict=True))
+        out = {}
+        for name, table in given.items():
+            if table is not None:
+                out[name] = cupy.empty(table.size, table.dtype)
+                out[name].set(np.ascontiguousarray(table).reshape(-1))
+        return out
