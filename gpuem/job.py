@@ -56,7 +56,7 @@ def run(
     progress : callable
         Called with the number of frames of every shard that is done, from worker threads.
     threads : int
-        Threads; default all processors of this process.
+        Threads that compute, or that read for a GPU; default all processors of this process.
     memory : str or int
         Most memory the process may take, ``"4 GB"``; default 80 % of what is available.
     device_memory : str or int

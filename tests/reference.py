@@ -102,6 +102,89 @@ def place_chunks(chunks, shape, chunk):
     return out
 
 
+def lz4_block(data):
+    """One LZ4 block, byte by byte, as its format is described."""
+    out, at = bytearray(), 0
+
+    def length(first):
+        nonlocal at
+        total, more = first, 255
+        while first == 15 and more == 255:
+            more = data[at]
+            total, at = total + more, at + 1
+        return total
+
+    while at < len(data):
+        token = data[at]
+        at += 1
+        literals = length(token >> 4)
+        out += data[at : at + literals]
+        at += literals
+        if at < len(data):
+            distance = data[at] | data[at + 1] << 8
+            at += 2
+            for _ in range(length(token & 15) + 4):
+                out.append(out[-distance])
+    return bytes(out)
+
+
+def header(chunk):
+    """Bytes in all, bytes of a block, and where the first block begins, of filters 32004 and 32008."""
+    return int.from_bytes(chunk[:8], "big"), int.from_bytes(chunk[8:12], "big"), 12
+
+
+def bitshuffle_lz4(chunk, itemsize):
+    """A chunk of filter 32008: planes of bits, lowest first, each of one bit of all pixels of a block."""
+    total, _, at = header(chunk)
+    out = b""
+    while total - len(out) >= 8 * itemsize:
+        stop = at + 4 + int.from_bytes(chunk[at : at + 4], "big")
+        planes = np.frombuffer(lz4_block(chunk[at + 4 : stop]), np.uint8).reshape(8 * itemsize, -1)
+        bits = np.unpackbits(planes, axis=1, bitorder="little").astype(np.uint64)
+        pixels = sum((plane << np.uint64(k) for k, plane in enumerate(bits)), np.zeros(1, np.uint64))
+        out, at = out + pixels.astype(f"<u{itemsize}").tobytes(), stop
+    return out + chunk[at:]
+
+
+def lz4(chunk):
+    """A chunk of filter 32004: blocks that LZ4 couldn't make smaller are stored as they are."""
+    total, size, at = header(chunk)
+    out = b""
+    while len(out) < total:
+        count, stop = min(size, total - len(out)), at + 4 + int.from_bytes(chunk[at : at + 4], "big")
+        block = chunk[at + 4 : stop]
+        out, at = out + (block if len(block) == count else lz4_block(block)), stop
+    return out
+
+
+def unshuffle(data, itemsize):
+    """Byte k of all pixels lies together; what fills no pixel follows as it is."""
+    count = len(data) // itemsize
+    pixels = [data[i + k * count] for i in range(count) for k in range(itemsize)]
+    return bytes(pixels) + data[count * itemsize :]
+
+
+def merlin(stored, bits, shape, chips):
+    """A raw frame: for every pixel of the image the word that holds it, pixels of a word in reverse order."""
+    if bits == 24:
+        half = len(stored) // 2
+        upper, lower = (merlin(part, 12, shape, chips).astype(np.uint32) for part in (stored[:half], stored[half:]))
+        return (upper << 12) + lower
+    per_word = {1: 64, 6: 8, 12: 4}[bits]
+    words = np.frombuffer(stored, ">u8")
+    rows, columns = shape[0] // chips[0], shape[1] // chips[1]
+    image = np.zeros(shape, np.uint16 if bits == 12 else np.uint8)
+    for y in range(shape[0]):
+        for x in range(shape[1]):
+            chip_y, row, chip_x, column = *divmod(y, rows), *divmod(x, columns)
+            if chip_y:
+                row, column = rows - 1 - row, columns - 1 - column
+            slot = chips[0] * chips[1] - 1 - (chip_y * chips[1] + chip_x)
+            word = int(words[((row * chips[0] * chips[1] + slot) * columns + column) // per_word])
+            image[y, x] = word >> column % per_word * (64 // per_word) & ((1 << 64 // per_word) - 1)
+    return image
+
+
 def com(frames, center, mask=None):
     """Shift (y, x) from the centre; 0 where a frame has no counts."""
     out = np.zeros((len(frames), 2))

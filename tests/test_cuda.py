@@ -10,6 +10,7 @@ from standin import SCHEDULES, installed
 
 import gpuem
 from gpuem import job, recipe
+from gpuem.backends import cuda_load
 
 
 @pytest.fixture(params=SCHEDULES)
@@ -142,15 +143,25 @@ def lz4():
     return dict(hdf5plugin.LZ4())
 
 
+def shuffled():
+    return {"shuffle": True}
+
+
+def shuffled_lz4():
+    return {"shuffle": True, **lz4()}
+
+
 CHUNKS = [(1, 1, 24, 40), (2, 3, 24, 40), (2, 2, 16, 16), (3, 4, 7, 9)]
 
 
 @pytest.mark.parametrize("chunks", CHUNKS)
-@pytest.mark.parametrize("filters", [bitshuffle, lz4, dict], ids=["bitshuffle", "lz4", "plain"])
+@pytest.mark.parametrize("filters", [bitshuffle, lz4, dict, shuffled, shuffled_lz4])
 @pytest.mark.parametrize("dtype", ["u1", "<u2", ">u2", "u4"])
 def test_chunked_hdf5(late, small_tiles, tmp_path, chunks, filters, dtype):
     data = reference.planted((5, 7, 24, 40), np.dtype(dtype).newbyteorder("="), 3).astype(dtype)
-    check_same(gpuem.open(hdf5(tmp_path / "a.h5", data, chunks, **filters())))
+    ds = gpuem.open(hdf5(tmp_path / "a.h5", data, chunks, **filters()))
+    assert all(cuda_load.on_device(ds.source, piece) for piece in ds.source.pieces)
+    check_same(ds)
 
 
 def test_compressed_chunks_on_every_schedule(device, small_tiles, tmp_path):

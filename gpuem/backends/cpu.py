@@ -20,6 +20,21 @@ from gpuem.tiles import Limits, Plan
 __all__ = ["NAME", "Prepared", "add_frames", "fetch", "load", "new_sums", "plan", "prepare", "usable"]
 
 NAME = "cpu"
+# who does here what a kernel of that name does on a GPU
+TWINS = {
+    "all_finite": "backends.cpu_kernels:all_finite",
+    "all_sums": "backends.cpu_kernels:all_sums",
+    "bitshuffle_lz4": "codecs.bitshuffle:bitshuffle_lz4_many",
+    "convert": "backends.cpu_correct:correct",
+    "image_sums": "backends.cpu_kernels:image_sums",
+    "lz4": "codecs.chunks:decode",
+    "magnitudes": "backends.cpu_kernels:magnitudes",
+    "mask_sums": "backends.cpu_kernels:mask_sums",
+    "merlin": "codecs.merlin:decode",
+    "patch_dead": "backends.cpu_correct:correct",
+    "place_chunks": "backends.chunk_grid:ChunkGrid",
+    "unshuffle": "codecs.planes:unshuffle_bytes",
+}
 # the second-level cache of current processors holds 1 to 2 MiB per core
 BLOCK_NBYTES = 1 << 20
 # groups of LANES pixels whose sum fits into 32 bits for 16-bit pixels, signed or not

@@ -25,6 +25,11 @@ from gpuem.storage.host import Files
 __all__ = ["NAME", "Prepared", "add_frames", "fetch", "load", "new_sums", "plan", "prepare", "usable"]
 
 NAME = "cuda"
+# every kernel is a function of `cuda_kernels`, has a twin in `cpu.TWINS` and a naive reference in the tests
+KERNELS = (
+    *("all_finite", "all_sums", "bitshuffle_lz4", "convert", "image_sums", "lz4", "magnitudes", "mask_sums", "merlin"),
+    *("patch_dead", "place_chunks", "unshuffle"),
+)
 Array = Any
 
 

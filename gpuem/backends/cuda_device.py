@@ -30,8 +30,8 @@ class Gpu:
         Compute capability, without the point.
     free, total : int
         Bytes of its memory.
-    driver, runtime : str
-        Newest CUDA version that the driver knows, and the one in use.
+    driver, runtime, cupy : str
+        Newest CUDA version that the driver knows, the one in use, and CuPy's version.
     """
 
     name: str
@@ -40,6 +40,7 @@ class Gpu:
     total: int
     driver: str
     runtime: str
+    cupy: str
 
     def __str__(self) -> str:
         return f"{self.name}, {self.free / 1e9:.1f} of {self.total / 1e9:.1f} GB free"
@@ -79,9 +80,9 @@ def gpu() -> Gpu:
     with explained():
         device, runtime = cupy.cuda.Device(), cupy.cuda.runtime
         free, total = device.mem_info
-        name = runtime.getDeviceProperties(0)["name"].decode()
+        name = runtime.getDeviceProperties(device.id)["name"].decode()
         versions = (_version(v) for v in (runtime.driverGetVersion(), runtime.runtimeGetVersion()))
-        return Gpu(name, str(device.compute_capability), int(free), int(total), *versions)
+        return Gpu(name, str(device.compute_capability), int(free), int(total), *versions, cupy.__version__)
 
 
 @contextmanager

@@ -373,3 +373,12 @@ def merlin(data: Array, starts: Array, out: Array, bits: int, chips: tuple[int, 
         (max(1, min(-(-size // 2048), 64)), frames), (256,),
         (data, starts, np.int32(frames), out, np.int64(size), *map(np.int32, shape), *map(np.int32, chips)),
     )  # fmt: skip
+
+
+def unshuffle(shuffled: Array, out: Array) -> None:
+    """Undo HDF5's shuffle: in a row of `shuffled` (chunks, pixels of a chunk) byte k of all pixels lies together."""
+    chunks, nbytes = out.shape[0], out.shape[1] * out.dtype.itemsize
+    kernel("unshuffle", (out.dtype.itemsize,))(
+        (max(1, min(-(-out.shape[1] // 1024), 1024)), min(chunks, 65535)), (256,),
+        (shuffled, out, np.int64(nbytes), np.int64(nbytes), np.int64(nbytes), np.int32(chunks)),
+    )  # fmt: skip

@@ -70,18 +70,28 @@ def on_device(source: Source, piece: Piece) -> bool:
         return False
     if isinstance(layout, Runs):
         return not piece.codec or piece.codec[0].name == "merlin"
-    return isinstance(layout, Chunks) and (not piece.codec or _chunk_codec(piece) != "")
+    return isinstance(layout, Chunks) and _chunk_codec(piece) != ""
 
 
 def _chunk_codec(piece: Piece) -> str:
-    """Name of the kernel that decodes a piece's chunks; empty where there is none."""
-    if len(piece.codec) != 1:
-        return ""
-    step = piece.codec[0]
-    if step.name == "lz4":
+    """The decoder of a piece's chunks: a kernel's name, ``plain``, or empty where there is none."""
+    steps = piece.codec[:-1] if _shuffled(piece) else piece.codec
+    if not steps:
+        return "plain"
+    if len(steps) == 1 and steps[0].name == "lz4":
         return "lz4"
-    size, _, compression = (*step.parameters, 0, _LZ4)[:3] if step.name == "bitshuffle" else (0, 0, 0)
-    return "bitshuffle_lz4" if compression == _LZ4 and size == piece.stored.itemsize else ""
+    size, _, compression = (*steps[0].parameters, 0, _LZ4)[:3] if steps[0].name == "bitshuffle" else (0, 0, 0)
+    alone = len(piece.codec) == 1 and compression == _LZ4 and size == piece.stored.itemsize
+    return "bitshuffle_lz4" if alone else ""
+
+
+def _shuffled(piece: Piece) -> bool:
+    """Whether the last step gathers the bytes of pixels."""
+    return (
+        bool(piece.codec)
+        and piece.codec[-1].name == "shuffle"
+        and piece.codec[-1].parameters[0] == piece.stored.itemsize
+    )
 
 
 def describe(
@@ -234,8 +244,7 @@ def _of_chunks(
 
     def decode(arrived: Arrived, work: Workspace, codes: Array) -> DeviceFrames:
         at, lengths, placing, frames_table = arrived.tables
-        decoded = work.scratch("decoded", shape, piece.stored)
-        _decode_chunks(piece, (_bytes(piece, arrived), at, lengths), decoded, codes)
+        decoded = _decode_chunks(piece, (_bytes(piece, arrived), at, lengths), shape, work, codes)
         if not grid.follow_one_another:
             placed = work.scratch("placed", (left.size, math.prod(source.frame_shape)), piece.stored)
             kernels.place_chunks(decoded, placing, placed)
@@ -243,24 +252,36 @@ def _of_chunks(
         return finish(decoded.reshape(-1).view(np.dtype(np.uint8)), frames_table, work)
 
     tables = (positions[fill], length[fill], geometry, table)
-    return Tile(Load(extents, nbytes, tables), indices, decode, lost, index.size if piece.codec else 0)
+    return Tile(Load(extents, nbytes, tables), indices, decode, lost, reporting(piece) * index.size)
+
+
+def reporting(piece: Piece) -> bool:
+    """Whether the chunks of a piece report a code when they are decoded on the device."""
+    return isinstance(stored_layout(piece.layout), Chunks) and _chunk_codec(piece) in ("bitshuffle_lz4", "lz4")
 
 
 def _nothing(arrived: Arrived, work: Workspace, codes: Array) -> DeviceFrames:
     raise AssertionError("a tile without frames is not decoded")
 
 
-def _decode_chunks(piece: Piece, raw: tuple[Array, Array, Array], out: Array, codes: Array) -> None:
-    """Decode chunks (bytes, positions, lengths) into the rows of `out`."""
+def _decode_chunks(
+    piece: Piece, raw: tuple[Array, Array, Array], shape: tuple[int, int], work: Workspace, codes: Array
+) -> Array:
+    """Decode chunks (bytes, positions, lengths) into rows of scratch, `shape` (chunks, pixels of a chunk)."""
     data, at, lengths = raw
+    out = work.scratch("decoded", shape, piece.stored)
+    target = work.scratch("shuffled", shape, piece.stored) if _shuffled(piece) else out
     codec = _chunk_codec(piece)
     if codec == "bitshuffle_lz4":
-        kernels.bitshuffle_lz4(data, at, lengths, out, codes)
+        kernels.bitshuffle_lz4(data, at, lengths, target, codes)
     elif codec == "lz4":
-        kernels.lz4(data, at, lengths, out, codes)
+        kernels.lz4(data, at, lengths, target, codes)
     else:
         bits = np.dtype(f"u{piece.stored.itemsize}")
-        kernels.convert(data, at, bits, (None, None), out.view(bits))
+        kernels.convert(data, at, bits, (None, None), target.view(bits))
+    if _shuffled(piece):
+        kernels.unshuffle(target, out)
+    return out
 
 
 def _by_host(source: Source, files: Files, piece: Piece, box: Box, keep: NDArray[np.bool_], copy: bool) -> Tile:
@@ -326,6 +347,7 @@ def needs(source: Source, cuts: Sequence[tuple[int, ...]]) -> dict[str, int]:
             # where a filter was left out for some chunks, their tiles come as frames from the host
             want("slot", frames * source.frame_nbytes if layout.skipped.any() else 0)
             want("decoded", math.prod(around) * piece.stored.itemsize)
+            want("shuffled", math.prod(around) * piece.stored.itemsize if _shuffled(piece) else 0)
             want("placed", frames * math.prod(source.frame_shape) * piece.stored.itemsize)
         if not is_direct(source, stored):
             want("pixels", frames * source.corrected_nbytes)

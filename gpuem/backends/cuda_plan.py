@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 SLOTS = 4
 # shards whose sums are on their way: one adds up, one is copied back, one is put in its place
 SUMS = 3
-# large enough that launching costs nothing beside copying, small enough to stay in the second-level cache when decoded
-SIZES = Sizes(runs_tile=32 << 20, tile=32 << 20, shard=256 << 20)
+# large enough that launching costs nothing beside copying, small enough to stay in the second-level cache when decoded;
+# with its tables a slot is a little smaller than 32 MiB: page-locked memory comes in powers of two
+SIZES = Sizes(runs_tile=30 << 20, tile=30 << 20, shard=240 << 20)
 # so many threads read the page cache faster than the bus takes it
 READERS = 16
 # the driver's context, loaded kernels, and what the allocator rounds up
@@ -94,7 +95,7 @@ def chunks_of_shard(source: Source, shards: tuple[Shard, ...], cuts: tuple[tuple
     for shard in shards:
         piece, tile = source.pieces[shard.piece], cuts[shard.piece]
         layout = stored_layout(piece.layout)
-        if isinstance(layout, Chunks) and piece.codec and cuda_load.on_device(source, piece):
+        if isinstance(layout, Chunks) and cuda_load.reporting(piece) and cuda_load.on_device(source, piece):
             per_tile = math.prod(-(-t // c) for t, c in zip((*tile, *source.frame_shape), layout.shape, strict=True))
             most = max(most, (shard.last - shard.first) * per_tile)
     return most

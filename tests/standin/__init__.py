@@ -49,6 +49,10 @@ class CupyDevice(Strict):
             raise CUDARuntimeError(100)
 
     @property
+    def id(self) -> int:
+        return 0
+
+    @property
     def compute_capability(self) -> str:
         return self._device.compute_capability
 
