@@ -384,3 +384,59 @@ class TestResident:
             pytest.raises(gpuem.PlanError, match=r"0\.03 GB of the GPU's memory and .* GB while.* 0\.02 GB are free"),
         ):
             ds.to_device()
+
+
+def test_the_host_runs_ahead_of_the_gpu(late, small_tiles, tmp_path, monkeypatch):
+    """Nothing but a full ring makes the host wait for a kernel: reading, copying and computing overlap."""
+    from emulation.build import Library
+
+    from gpuem.backends import cuda_session
+
+    executed, seen = [], []
+    run, add = Library.run, cuda_session.Session.add
+    monkeypatch.setattr(Library, "run", lambda self, name, *rest: executed.append(name) or run(self, name, *rest))
+    monkeypatch.setattr(cuda_session.Session, "add", lambda self, *rest: seen.append(len(executed)) or add(self, *rest))
+    frames = reference.planted((211, 16, 24), "u2", 1)
+    ds = gpuem.open(raw(tmp_path / "a.raw", frames), scan=(211,), frame=(16, 24), dtype="u2")
+    plan = job.prepare(ds, [gpuem.Sum()], recipe.run_section(device="cuda")).plan
+    gpuem.run(ds, [gpuem.Sum()], device="cuda")
+    tiles_of_two_shards = sum(shard.last - shard.first for shard in plan.shards[:2])
+    assert tiles_of_two_shards > 6
+    # a kernel is run only when its slot is wanted again: four tiles later
+    assert all(kernels <= max(0, tile - 4) for tile, kernels in enumerate(seen[:tiles_of_two_shards]))
+    assert seen[-1] > 0
+
+
+@pytest.mark.parametrize("kind", ["raw", "merlin", "bitshuffle"])
+def test_reads_that_go_straight_to_the_device(device, small_tiles, tmp_path, monkeypatch, kind):
+    """A reader like kvikio's: it writes at once, in no stream, so that a slot reused too early shows."""
+    import ctypes
+
+    from gpuem.storage import gds
+
+    class Reader:
+        def __init__(self, files):
+            self.files = files
+
+        def read(self, file, offset, length, target):
+            content = self.files[file].path.read_bytes()[offset : offset + length]
+            ctypes.memmove(target.data.ptr, content, length)
+            return self
+
+        def wait(self):
+            pass
+
+    monkeypatch.setattr(gds, "choose", lambda *asked: ("gds", "a test"))
+    monkeypatch.setattr(gds, "Reader", Reader)
+    if kind == "raw":
+        path = raw(tmp_path / "a.raw", reference.planted((211, 16, 24), "u2", 1), header=2)
+        ds = gpuem.open(path, scan=(211,), frame=(16, 24), dtype="u2", header=2)
+    elif kind == "merlin":
+        frames = np.random.default_rng(1).integers(0, 4096, (24, 4, 256)).astype(np.int64)
+        ds = gpuem.open(write_mib(tmp_path / "a.mib", frames, kind="R64", bits=12), scan=(4, 6))
+    else:
+        data = reference.planted((9, 8, 24, 40), "u2", 3) % 5
+        ds = gpuem.open(hdf5(tmp_path / "a.h5", data, (1, 1, 24, 40), **bitshuffle()))
+    _, gpu = check_same(ds, [gpuem.Sum(), gpuem.CenterOfMass()])
+    assert gpu.provenance["transfer"] == {"kind": "gds", "reason": "a test"}
+    check_same(ds, [gpuem.Sum()], on=ds.to_device(packed=True))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 from samples import assert_reads_as, entries, sample_data
+from standin import installed
 
 import gpuem
 
@@ -53,3 +54,32 @@ def test_a_corrupt_chunk_in_the_middle_names_its_frames(tmp_path):
     assert found.provenance["frames"]["masked"] == len(lost)
     with pytest.raises(gpuem.DataError):
         ds[...]
+
+
+REAL = [
+    "real4d/rotavirus_crop64x64_bin2_128x128_u16.h5",
+    "dectris/eiger1_testmode10_2datafiles_4images_bslz4_data_000001.h5",
+    "dectris/eiger1_testmode10_2datafiles_4images_lz4_data_000001.h5",
+    "dectris/test_master.h5",
+    "derived/empad/map4x4.xml",
+    "derived/mib_r64/single_9_frames_R64_6bit.mib",
+    "mib/Merlin_Single_Quad/Quad_1_Frame_CounterDepth_12_Rows_256.mib",
+    "mib/Merlin_Single_Quad/Quad_1_Frame_CounterDepth_1_Rows_256RAW.mib",
+    "mib/Merlin_navigation4x2_ROI/001_4x2_6bit.mib",
+]
+
+
+@pytest.mark.parametrize("path", REAL)
+def test_the_gpu_s_path_gives_the_cpu_s_bits_on_real_files(path):
+    ds = gpuem.open(sample_data() / path)
+    chosen = [gpuem.Sum(), gpuem.VirtualDetector(name="adf", inner=5, outer=30), gpuem.CenterOfMass()]
+    cpu = gpuem.run(ds, chosen, device="cpu")
+    with installed("late"):
+        found = gpuem.run(ds, chosen, device="cuda"), gpuem.run(ds.to_device(packed=True), chosen)
+    for gpu in found:
+        assert gpu.provenance["device"] == "cuda"
+        for name, item in cpu.maps.items():
+            if ds.dtype.kind == "f":
+                np.testing.assert_allclose(gpu[name].data, item.data, rtol=1e-12, atol=1e-9, err_msg=name)
+            else:
+                np.testing.assert_array_equal(gpu[name].data, item.data, err_msg=name)
