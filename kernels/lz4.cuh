@@ -69,9 +69,8 @@ __device__ __forceinline__ void repeat(u8* to, u32 distance, u32 count, u32 inve
         if (count <= LANES) return;
         __syncwarp();
         to += LANES, count -= LANES;
-        // it repeats after each multiple, too
-        u32 multiple = distance * (LANES * inverse >> 16);
-        distance = multiple < LANES ? multiple + distance : multiple;
+        // it repeats after each multiple, too: the largest one that is written
+        distance *= LANES * inverse >> 16;
     }
     // as much as doesn't overlap, then twice as much
 #pragma unroll 1

@@ -100,7 +100,9 @@ def compile_kernel(name: str, wanted: str, architecture: str) -> Compiled:
         except nvrtc.NVRTCError:
             said = nvrtc.getProgramLog(program)
             raise DeviceError(f"kernel {wanted} doesn't compile for sm_{architecture}:\n{said}") from None
-        return Compiled(nvrtc.getCUBIN(program), nvrtc.getLoweredName(program, wanted), nvrtc.getProgramLog(program))
+        # CuPy takes the last byte off, as if it were the end of a text; a file without it can't be loaded
+        code = nvrtc.getCUBIN(program) + b"\0"
+        return Compiled(code, nvrtc.getLoweredName(program, wanted), nvrtc.getProgramLog(program))
     finally:
         nvrtc.destroyProgram(program)
 

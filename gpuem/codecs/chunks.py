@@ -195,13 +195,13 @@ def _bitshuffle_zstd(raw: Bytes, out: Bytes, itemsize: int) -> Bytes:
 
 def _lz4(raw: Bytes, out: Bytes, *parameters: int) -> Bytes:
     """The HDF5 lz4 filter: a block that LZ4 couldn't make smaller is stored as it is."""
-    lz4 = _imagecodecs("lz4", header=False)
+    from gpuem.codecs import bitshuffle
 
     def block(part: Bytes, target: Bytes) -> int:
         if part.size == target.size:
             target[:] = part
             return part.size
-        return lz4(part, target).size
+        return bitshuffle.BAD_BLOCK if bitshuffle.lz4_block(part, 0, part.size, target, 0, target.size) else target.size
 
     return _framed(raw, out, 1, block)
 
