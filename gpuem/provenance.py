@@ -7,7 +7,8 @@ import functools
 import platform
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,19 @@ from gpuem.dataset import Dataset
 def _versions() -> dict[str, Any]:
     libraries = ("numpy", "numba", "h5py", "imagecodecs", "zarr", "pydantic")
     return {
-        "gpuem": version("gpuem"),
+        "gpuem": _version("gpuem"),
         "python": platform.python_version(),
-        "libraries": {name: version(name) for name in libraries},
+        "libraries": {name: _version(name) for name in libraries},
         "platform": platform.platform(),
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return version_of(name)
+    except PackageNotFoundError:
+        # a checkout on the path, or a library that this run didn't need
+        return "not installed"
 
 
 def provenance(
