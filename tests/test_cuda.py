@@ -169,6 +169,20 @@ def test_compressed_chunks_on_every_schedule(device, small_tiles, tmp_path):
     check_same(gpuem.open(hdf5(tmp_path / "a.h5", data, (1, 1, 24, 40), **bitshuffle())))
 
 
+def test_an_uncompressed_chunk_of_the_wrong_size_is_broken(device, small_tiles, tmp_path):
+    """Its length stands in the file's index, which may lie; nothing is read beyond it."""
+    from dataclasses import replace
+
+    ds = gpuem.open(hdf5(tmp_path / "a.h5", reference.planted((4, 5, 16, 16), "u2", 9), (1, 1, 16, 16)))
+    piece = ds.source.pieces[0]
+    length = piece.layout.length.copy()
+    length[7] -= 2
+    lying = replace(piece, layout=replace(piece.layout, length=length))
+    ds = replace(ds, source=replace(ds.source, pieces=(lying,)))
+    _, gpu = check_same(ds, [gpuem.Sum()], on_error="mask")
+    assert np.flatnonzero(~gpu["valid"].data.ravel()).tolist() == [7]
+
+
 @pytest.mark.parametrize("filters", [{"compression": "gzip", "shuffle": True}, {"compression": "lzf"}])
 def test_what_the_gpu_can_t_decode_is_decoded_on_the_host(device, small_tiles, tmp_path, filters):
     data = reference.planted((5, 7, 24, 40), "u2", 4) % 9
@@ -375,6 +389,15 @@ class TestResident:
         assert found.provenance["device"].startswith("cuda")
         np.testing.assert_array_equal(found["sum/sum"].data, reference.frame_sum(data.reshape(-1, 12, 14)))
         assert late.peak_bytes - before < 1 << 30
+
+    def test_a_cupy_array_may_begin_anywhere(self, late):
+        import cupy
+
+        data = reference.planted((6, 8, 16), "u2", 15)
+        array = cupy.empty(3 + data.size, data.dtype)
+        array.set(np.concatenate([np.zeros(3, "u2"), data.ravel()]))
+        found = gpuem.run(array[3:].reshape(data.shape), [gpuem.Sum()])
+        np.testing.assert_array_equal(found["sum/sum"].data, reference.frame_sum(data))
 
     def test_more_than_fits_is_refused_with_numbers(self, small_tiles, tmp_path):
         (tmp_path / "a.raw").write_bytes(bytes(4096 * 64 * 64 * 2))

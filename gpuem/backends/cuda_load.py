@@ -155,7 +155,9 @@ def _of_runs(source: Source, piece: Piece, runs: Runs, indices: NDArray[np.int64
             return _finish_even(source, work, pixels, copy)
 
         return Tile(Load(extents, nbytes, (positions,)), indices, unpack)
-    finish, table = _finish(source, piece.stored, positions, copy)
+    # arrays of a user begin anywhere, what gpuem allocates doesn't
+    base = int(piece.layout.data.data.ptr) if isinstance(piece.layout, Resident) else 0
+    finish, table = _finish(source, piece.stored, positions, copy, base)
     return Tile(
         Load(extents, nbytes, (table,)),
         indices,
@@ -176,12 +178,12 @@ Finish = Callable[[Array, Array, Workspace], DeviceFrames]
 
 
 def _finish(
-    source: Source, stored: np.dtype[Any], positions: NDArray[np.int64], copy: bool
+    source: Source, stored: np.dtype[Any], positions: NDArray[np.int64], copy: bool, base: int = 0
 ) -> tuple[Finish, NDArray[np.int64]]:
-    """The last step to native, corrected frames that begin at byte `positions`, and the table that it wants."""
+    """The last step to native, corrected frames that begin at byte `positions` from address `base`; its table."""
     item, count = stored.itemsize, positions.size
     if is_direct(source, stored) and not copy and not (positions % item).any():
-        aligned = kernels.alignment(*positions.tolist())
+        aligned = kernels.alignment(base, *positions.tolist())
 
         def use(data: Array, starts: Array, work: Workspace) -> DeviceFrames:
             pixels = data[: data.size // item * item].view(source.dtype)
@@ -217,7 +219,7 @@ def _of_chunks(
     box, keep = which
     grid = chunk_grid(source, piece, chunks, box, keep)
     index, wanted = grid.index, grid.needed & grid.written
-    if chunks.skipped[index[wanted]].any():
+    if odd_chunks(piece, chunks, index[wanted]):
         return _by_host(source, files, piece, box, keep, copy)
     lost = [Lost(frames, "chunk was never written", broken=False) for frames in grid.unwritten()]
     left = keep.copy()
@@ -253,6 +255,13 @@ def _of_chunks(
 
     tables = (positions[fill], length[fill], geometry, table)
     return Tile(Load(extents, nbytes, tables), indices, decode, lost, reporting(piece) * index.size)
+
+
+def odd_chunks(piece: Piece, chunks: Chunks, rows: NDArray[np.int64] | slice) -> bool:
+    """Whether the processor must look at some of these: a filter was left out, or the size isn't that of the pixels."""
+    length, nbytes = chunks.length[rows], math.prod(chunks.shape) * piece.stored.itemsize
+    wrong = _chunk_codec(piece) == "plain" and ((length != nbytes) & (length > 0)).any()
+    return bool(wrong or chunks.skipped[rows].any())
 
 
 def reporting(piece: Piece) -> bool:
@@ -344,8 +353,7 @@ def needs(source: Source, cuts: Sequence[tuple[int, ...]]) -> dict[str, int]:
             want("tables", frames * 8 + number * 16 + 1024)
             # two reads that are close are one, with what lies between
             want("slot", 0 if resident else number * (2 * int(layout.length.max(initial=0)) + ALIGNED))
-            # where a filter was left out for some chunks, their tiles come as frames from the host
-            want("slot", frames * source.frame_nbytes if layout.skipped.any() else 0)
+            want("slot", frames * source.frame_nbytes if odd_chunks(piece, layout, slice(None)) else 0)
             want("decoded", math.prod(around) * piece.stored.itemsize)
             want("shuffled", math.prod(around) * piece.stored.itemsize if _shuffled(piece) else 0)
             want("placed", frames * math.prod(source.frame_shape) * piece.stored.itemsize)
