@@ -132,8 +132,28 @@ def info(path: Annotated[Path, typer.Argument(help="A detector file, or a result
 
 
 @app.command()
-def devices() -> None:
-    """List what gpuem can compute on."""
+def devices(
+    compiling: Annotated[
+        bool, typer.Option("--compile", help="Compile the usual kernels for the GPU of this machine and keep them.")
+    ] = False,
+    architectures: Annotated[
+        str,
+        typer.Option(
+            metavar="80,90", help="Compile for GPUs of these compute capabilities (without the point); needs no GPU."
+        ),
+    ] = "",
+) -> None:
+    """List what gpuem can compute on; compile kernels ahead of their first use."""
+    from gpuem.backends import cuda_report
+
+    _describe_processor()
+    for label, words in cuda_report.facts():
+        out.print(f"{label:<16} {escape(words)}")
+    if compiling or architectures:
+        _compile_kernels(architectures)
+
+
+def _describe_processor() -> None:
     import platform
 
     from gpuem.executors.local import cpus
@@ -145,8 +165,24 @@ def devices() -> None:
             line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
         ]
         model = names[0] if names else model
-    out.print(f"cpu    {escape(model)}, {cpus()} processors for this process")
-    out.print("cuda   not supported by this version of gpuem")
+    out.print(f"cpu              {escape(model)}, {cpus()} processors for this process")
+
+
+def _compile_kernels(asked: str) -> None:
+    from rich.table import Table
+
+    from gpuem.backends import cuda_report
+
+    wanted, which = cuda_report.architectures(asked), cuda_report.usual()
+    began = time.perf_counter()
+    with err.status(f"compiling {len(which)} kernels for sm_{', sm_'.join(wanted)}"):
+        rows = cuda_report.compile_all(wanted, which)
+    columns = (f"sm_{architecture}" for architecture in wanted)
+    table = Table("kernel", *columns, title="Registers of a thread, and bytes that had no room in them")
+    for cells in cuda_report.table(rows):
+        table.add_row(*cells)
+    out.print(table)
+    out.print(f"{len(rows):,} kernels compiled or found in {_duration(time.perf_counter() - began)}")
 
 
 @app.command()

@@ -54,7 +54,7 @@ def run(
     device : {"auto", "cuda", "cpu"}
         Where to compute.
     progress : callable
-        Called with the number of frames of every shard that is done, from worker threads.
+        Called with the number of frames of every shard that is done; on a CPU from worker threads.
     threads : int
         Threads that compute, or that read for a GPU; default all processors of this process.
     memory : str or int
@@ -143,7 +143,8 @@ def prepare(ds: Dataset, analyses: Sequence[Analysis], options: recipe.Run, roi:
     weights = [a.weights(view) for a in analyses]
     prepared = backend.prepare(sum(weights, Weights()), ds.frame_shape, ds.dtype)
     allowed = recipe.parse_memory(options.memory) if options.memory is not None else local.available_memory()
-    on_device = recipe.parse_memory(options.device_memory) if options.device_memory is not None else None
+    asked = options.device_memory
+    on_device = recipe.parse_memory(asked, "device_memory") if asked is not None else None
     maps = tiles.MAPS_NBYTES * len(analyses)
     limits = tiles.Limits(ds.positions, maps, options.threads or local.cpus(), allowed, on_device)
     plan = backend.plan(ds.source, prepared, limits)

@@ -148,7 +148,8 @@ def run_section(**options: Any) -> Run:
     try:
         return Run.model_validate(options)
     except ValidationError as error:
-        raise RecipeError("; ".join(f"{e['loc'][0]}: {_reason(e)}" for e in error.errors())) from None
+        found = [(e["loc"][0], _reason({**e, "loc": ("run", *e["loc"])})) for e in error.errors()]
+        raise RecipeError("; ".join(f"{name}: {reason}" for name, reason in found)) from None
 
 
 def check_names(names: list[str]) -> None:
@@ -162,8 +163,8 @@ def check_names(names: list[str]) -> None:
             )
 
 
-def parse_memory(value: str | int) -> int:
-    """Bytes from ``4000000000``, ``"4 GB"`` or ``"512 MiB"``; raises RecipeError."""
+def parse_memory(value: str | int, key: str = "memory") -> int:
+    """Bytes from ``4000000000``, ``"4 GB"`` or ``"512 MiB"``; raises RecipeError, which names `key`."""
     units = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
     text = str(value).strip().lower()
     number = text.rstrip("bkmgti ")
@@ -171,9 +172,9 @@ def parse_memory(value: str | int) -> int:
     try:
         nbytes = int(float(number) * units[unit])
     except (ValueError, KeyError, OverflowError):
-        raise RecipeError(f'memory {value!r}: write bytes, "500 MB" or "4 GB"') from None
+        raise RecipeError(f'{key} {value!r}: write bytes, "500 MB" or "4 GB"') from None
     if nbytes <= 0:
-        raise RecipeError(f"memory {value!r}: must be positive")
+        raise RecipeError(f"{key} {value!r}: must be positive")
     return nbytes
 
 
@@ -234,7 +235,8 @@ def _reason(error: Any) -> str:
         return "is missing"
     if kind == "literal_error":
         words = [word.strip("'") for word in str(error["ctx"]["expected"]).replace(" or ", ", ").split(", ")]
-        near = get_close_matches(str(error["input"]).lower(), words, 1, 0.5)
+        said = str(error["input"]).lower()
+        near = ["cuda"] if said == "gpu" and "cuda" in words else get_close_matches(said, words, 1, 0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return f"{error['input']!r} is not one of {', '.join(words)}{hint}"
     message = str(error["msg"]).removeprefix("Value error, ")

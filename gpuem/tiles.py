@@ -94,9 +94,9 @@ class Plan:
     tiles : tuple of tuple of int
         For each piece, the shape of its tiles over its nav axes.
     threads : int
-        How many shards are in work at once.
+        How many shards are in work at once; on a GPU, how many threads read for the one that is.
     nbytes : dict of str to int
-        Memory by purpose; mapped files don't count, the system takes their pages back whenever it wants.
+        Host memory by purpose; mapped files don't count, the system takes their pages back whenever it wants.
     device_nbytes : dict of str to int
         Memory of the GPU by purpose; empty on a CPU.
     """
@@ -109,7 +109,7 @@ class Plan:
 
     @property
     def total_nbytes(self) -> int:
-        """All memory the run takes."""
+        """All host memory the run takes."""
         return sum(self.nbytes.values())
 
 

@@ -30,12 +30,12 @@ __device__ __forceinline__ void add_to(i64* target, i64 value) {
 }
 __device__ __forceinline__ void add_to(f64* target, f64 value) { *target += value; }
 
-template <typename Type> __device__ __forceinline__ void raise_to(Type* target, Type value) {
-    // a look first: most values are no new maximum, and what is read can only be too small
-    if (value > *target) atomicMax(target, value);
+// `seen` is what the target held a while ago: most values are no new maximum, and what was seen can only be too small
+template <typename Type> __device__ __forceinline__ void raise_to(Type* target, Type seen, Type value) {
+    if (value > seen) atomicMax(target, value);
 }
-__device__ __forceinline__ void raise_to(f32* target, f32 value) { *target = value > *target ? value : *target; }
-__device__ __forceinline__ void raise_to(f64* target, f64 value) { *target = value > *target ? value : *target; }
+__device__ __forceinline__ void raise_to(f32* target, f32 seen, f32 value) { *target = value > seen ? value : seen; }
+__device__ __forceinline__ void raise_to(f64* target, f64 seen, f64 value) { *target = value > seen ? value : seen; }
 
 template <typename Pixel, typename Wide> __device__ __forceinline__ Wide sum_of_warp(Wide value) {
     if constexpr (sizeof(Pixel) <= 2) return warp_sum_below_2_53(value);
@@ -171,13 +171,23 @@ __global__ void __launch_bounds__(THREADS, ALIGN < 8 ? 1 : IMAGES ? 2 : 3)
         if constexpr (IMAGES) {
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) {
+                typedef typename Largest<Pixel>::Type Most;
                 i64 pixel = static_cast<i64>(y[r]) * width + x[r];
+                // several are on their way before the first is compared
+                constexpr int AT_ONCE = sizeof(Pixel) <= 2 ? GROUP : GROUP / 2;
 #pragma unroll
-                for (int k = 0; k < GROUP; ++k)
-                    if (k < inside[r]) {
-                        add_to(total + pixel + k, static_cast<Wide>(sums[r][k]));
-                        raise_to(maximum + pixel + k, static_cast<typename Largest<Pixel>::Type>(largest[r][k]));
-                    }
+                for (int begin = 0; begin < GROUP; begin += AT_ONCE) {
+                    Most seen[AT_ONCE];
+#pragma unroll
+                    for (int k = 0; k < AT_ONCE; ++k)
+                        seen[k] = begin + k < inside[r] ? maximum[pixel + begin + k] : Most(0);
+#pragma unroll
+                    for (int k = begin; k < begin + AT_ONCE; ++k)
+                        if (k < inside[r]) {
+                            add_to(total + pixel + k, static_cast<Wide>(sums[r][k]));
+                            raise_to(maximum + pixel + k, seen[k - begin], static_cast<Most>(largest[r][k]));
+                        }
+                }
             }
         }
         __syncthreads();

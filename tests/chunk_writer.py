@@ -73,7 +73,10 @@ def write_hdf5(path, array: np.ndarray, chunk: tuple[int, ...], encode) -> None:
     import h5py
 
     number = {bitshuffle_lz4: 32008, lz4: 32004}[encode]
-    options = (0, 4, array.itemsize, 0, 2) if encode is bitshuffle_lz4 else ()
+    # block and compression; the library itself, where it is loaded, puts its version and the size of a pixel in front
+    options = (0, 2) if encode is bitshuffle_lz4 else ()
+    if options and not h5py.h5z.filter_avail(number):
+        options = (0, 4, array.itemsize, *options)
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_chunk(chunk)
     properties.set_filter(number, h5py.h5z.FLAG_OPTIONAL, options)

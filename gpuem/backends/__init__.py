@@ -55,7 +55,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class Block:
-    """Frames in host memory and their flat indices in file order."""
+    """Frames where the backend computes, in host or device memory, and their flat indices in file order."""
 
     frames: Frames
     indices: NDArray[np.int64]

@@ -65,7 +65,8 @@ class Prepared:
     @property
     def tensor_images(self) -> bool:
         """Whether weight images are taken to tensor cores."""
-        return self.dtype.str[1:] in ("u1", "u2") and len(self.weights.images) >= kernels.MANY
+        many = self.dtype.str[1:] in ("u1", "u2") and len(self.weights.images) >= kernels.MANY
+        return many and kernels.has_bfloat16()
 
     @functools.cached_property
     def host_tables(self) -> tuple[NDArray[Any], ...]:

@@ -60,7 +60,10 @@ def source(name: str) -> str:
             header = _INCLUDE.match(line)
             if not header:
                 out.append(line)
-            elif header[1] not in done:
+            elif header[1] in done:
+                # an empty line in its place: line numbers go on as in the file
+                out.append("")
+            else:
                 out += [*inline(header[1]), f'#line {number + 1} "kernels/{file}"']
         return out
 

@@ -80,9 +80,13 @@ def gpu() -> Gpu:
     with explained():
         device, runtime = cupy.cuda.Device(), cupy.cuda.runtime
         free, total = device.mem_info
+        # what CuPy keeps of memory that was freed is used again, or given back when there is too little
+        pool = cupy.get_default_memory_pool()
+        free += pool.total_bytes() - pool.used_bytes()
         name = runtime.getDeviceProperties(device.id)["name"].decode()
-        versions = (_version(v) for v in (runtime.driverGetVersion(), runtime.runtimeGetVersion()))
-        return Gpu(name, str(device.compute_capability), int(free), int(total), *versions, cupy.__version__)
+        driver, used = _version(runtime.driverGetVersion()), _version(runtime.runtimeGetVersion())
+        capability = str(device.compute_capability)
+        return Gpu(name, capability, int(free), int(total), driver, used, cupy.__version__)
 
 
 @contextmanager

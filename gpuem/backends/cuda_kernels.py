@@ -76,6 +76,13 @@ def _multiprocessors() -> int:
     return int(cupy.cuda.Device().attributes["MultiProcessorCount"])
 
 
+def has_bfloat16() -> bool:
+    """Whether the GPU's tensor cores know bfloat16: all but Turing's."""
+    import cupy
+
+    return int(cupy.cuda.Device().compute_capability) >= 80
+
+
 def alignment(*distances: int) -> int:
     """The largest power of two up to 16 that divides all distances, in bytes."""
     return math.gcd(16, *distances)

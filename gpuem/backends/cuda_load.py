@@ -155,14 +155,17 @@ def _of_runs(source: Source, piece: Piece, runs: Runs, indices: NDArray[np.int64
             return _finish_even(source, work, pixels, copy)
 
         return Tile(Load(extents, nbytes, (positions,)), indices, unpack)
-    # arrays of a user begin anywhere, what gpuem allocates doesn't
-    base = int(piece.layout.data.data.ptr) if isinstance(piece.layout, Resident) else 0
-    finish, table = _finish(source, piece.stored, positions, copy, base)
+    finish, table = _finish(source, piece.stored, positions, copy, _base(piece))
     return Tile(
         Load(extents, nbytes, (table,)),
         indices,
         lambda arrived, work, codes: finish(_bytes(piece, arrived), arrived.tables[0], work),
     )
+
+
+def _base(piece: Piece) -> int:
+    """Address to which positions are added, as far as alignment goes: arrays of a user begin anywhere, slots don't."""
+    return int(piece.layout.data.data.ptr) if isinstance(piece.layout, Resident) else 0
 
 
 def _bytes(piece: Piece, arrived: Arrived) -> Array:
@@ -182,8 +185,9 @@ def _finish(
 ) -> tuple[Finish, NDArray[np.int64]]:
     """The last step to native, corrected frames that begin at byte `positions` from address `base`; its table."""
     item, count = stored.itemsize, positions.size
-    if is_direct(source, stored) and not copy and not (positions % item).any():
-        aligned = kernels.alignment(base, *positions.tolist())
+    if is_direct(source, stored) and not copy and not ((positions | base) % item).any():
+        # the lowest bit of any of them counts: for many frames a loop would take longer than the bus
+        aligned = kernels.alignment(base, int(np.bitwise_or.reduce(positions)))
 
         def use(data: Array, starts: Array, work: Workspace) -> DeviceFrames:
             pixels = data[: data.size // item * item].view(source.dtype)
@@ -343,7 +347,7 @@ def needs(source: Source, cuts: Sequence[tuple[int, ...]]) -> dict[str, int]:
                 want("unpacked", frames * source.frame_nbytes)
             else:
                 stored = piece.stored
-                places = layout.stride | layout.offset if resident else layout.stride
+                places = layout.stride | layout.offset | _base(piece) if resident else layout.stride
                 if (places % stored.itemsize).any():
                     want("pixels", frames * source.corrected_nbytes)
         elif isinstance(layout, Chunks):

@@ -6,7 +6,6 @@ None of it needs a GPU: NVRTC compiles for any architecture that it knows.
 from __future__ import annotations
 
 import re
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gpuem.backends import cuda_compile
+from gpuem.backends import cuda_compile, cuda_device
 from gpuem.backends import cuda_kernels as kernels
-from gpuem.backends.cuda_device import INSTALL
-from gpuem.errors import DeviceError
+from gpuem.errors import DeviceError, RecipeError
+from gpuem.storage import gds
 
 # what most detectors write and what corrected pixels become
 USUAL = ("u1", "u2", "f4")
@@ -55,9 +54,9 @@ class Row:
     registers : int
         Of a thread.
     spilled : int
-        Bytes written to memory and read back for want of registers, as many as the machine code has places that do so.
+        Bytes that are put into a thread's memory and taken back for want of registers.
     stack : int
-        Bytes of a thread's memory: arrays that don't fit into registers, and spills.
+        Bytes of a thread's memory, for spills and for arrays that can't be kept in registers.
     shared : int
         Bytes of shared memory that every block takes; what a launch asks for comes on top.
     code : int
@@ -128,6 +127,7 @@ def _converting(dtype: np.dtype[np.generic]) -> Iterator[Instance]:
     for out in (of, scaled):
         for swapped in (False, True)[: 1 if item == 1 else 2]:
             yield _instance("convert", of, out, swapped)
+    yield _instance("unshuffle", item)
     yield _instance("place_chunks", bits)
     yield _instance("bitshuffle_lz4", bits)
     for depth in {"u8": (1, 6), "u16": (12,), "u32": (24,)}.get(of, ()):
@@ -139,7 +139,7 @@ def why_not() -> str:
     try:
         from cupy.cuda import nvrtc
     except ModuleNotFoundError:
-        return f"CuPy is not installed: {INSTALL}"
+        return f"CuPy is not installed: {cuda_device.INSTALL}"
     except ImportError as error:
         return f"CuPy can't be loaded: {error}"
     try:
@@ -151,6 +151,32 @@ def why_not() -> str:
             "CuPy: pip install 'nvidia-cuda-nvrtc==13.*', or nvidia-cuda-nvrtc-cu12 beside cupy-cuda12x"
         )
     return ""
+
+
+def architectures(asked: str = "") -> list[str]:
+    """Compute capabilities in a list such as ``80,90``; of this machine's GPU where nothing is asked for.
+
+    Raises
+    ------
+    RecipeError
+        Something else stands in the list, or a GPU that is too old.
+    DeviceError
+        Nothing is asked for and there is no GPU.
+    """
+    if not asked:
+        reason = cuda_device.why_not()
+        if reason:
+            raise DeviceError(f"there is no GPU to compile for: {reason}. Or name some: --architectures 80,90")
+        return [cuda_device.gpu().capability]
+    words = list(dict.fromkeys(word.strip() for word in asked.split(",")))
+    for word in words:
+        if not word.isascii() or not word.isdigit() or int(word) < cuda_device.OLDEST:
+            raise RecipeError(
+                f"architectures: {word!r} is no compute capability that gpuem runs on: give them without the point, "
+                f"separated by commas, {cuda_device.OLDEST} (Turing) or newer; "
+                f"all that are tested: {','.join(cuda_compile.ARCHITECTURES)}"
+            )
+    return words
 
 
 def compile_all(architectures: Sequence[str], which: Sequence[Instance]) -> list[Row]:
@@ -194,9 +220,7 @@ def _said(instance: Instance, architecture: str, path: Path) -> str:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     said = cuda_compile.compile_kernel(instance.file, instance.expression, architecture).log
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8") as file:
-        file.write(said)
-    Path(file.name).replace(path)
+    cuda_compile._put(path, said.encode())
     return said
 
 
@@ -221,10 +245,29 @@ def row(instance: Instance, architecture: str, said: str, code: int, seconds: fl
     )
 
 
-def cached() -> tuple[int, int]:
-    """How many compiled kernels are kept, and their bytes."""
-    try:
-        sizes = [path.stat().st_size for path in cuda_compile.cache_folder().glob("*.cubin")]
-    except OSError:
-        return 0, 0
-    return len(sizes), sum(sizes)
+def table(rows: Sequence[Row]) -> list[list[str]]:
+    """A line for every kernel: its name, then its registers, and bytes spilled, on each architecture."""
+    lines: dict[str, list[str]] = {}
+    for one in rows:
+        spilled = f" ({one.spilled} spilled)" if one.spilled else ""
+        lines.setdefault(one.expression, [one.expression]).append(f"{one.registers}{spilled}")
+    return list(lines.values())
+
+
+def facts() -> list[tuple[str, str]]:
+    """What there is to compute on, to read with and to begin with, in words: a label and a sentence each."""
+    reason = cuda_device.why_not()
+    if reason:
+        found = [("gpu", f"none can be used: {reason}")]
+    else:
+        gpu = cuda_device.gpu()
+        found = [
+            ("gpu", f"{gpu}, compute capability {gpu.capability[:-1]}.{gpu.capability[-1]}"),
+            ("cuda", f"{gpu.runtime}; the driver knows versions up to {gpu.driver}"),
+        ]
+    direct = gds.mode()
+    found.append(("gpudirect", f"{'can be used' if direct.available else 'not used'}: {direct.reason}"))
+    where = cuda_compile.cache_folder()
+    sizes = [path.stat().st_size for path in where.glob("*.cubin")]
+    found.append(("kernels", f"{len(sizes):,} compiled ({sum(sizes) / 1e6:.1f} MB), kept in {where}"))
+    return found

@@ -17,9 +17,9 @@ def run(job: Job, progress: Callable[[int], None] | None = None) -> Iterator[Par
     Parameters
     ----------
     job : Job
-        The job; `job.plan.threads` shards are in work at once.
+        The job; on a CPU `job.plan.threads` shards are in work at once, on a GPU one.
     progress : callable
-        Called from a worker with the number of wanted frames of every shard that is done.
+        Called with the number of wanted frames of every shard that is done; on a CPU from its worker.
     """
     if job.backend.NAME == "cuda":
         yield from _on_device(job, progress)
