@@ -340,8 +340,8 @@ def _describe_results(found: Results, path: Path) -> None:
 
 def _device(facts: dict[str, Any]) -> str:
     if facts["device"] == "cuda":
-        way = "GPUDirect" if facts["transfer"]["kind"] == "gds" else "page-locked memory"
-        return f"{escape(facts['gpu']['name'])} (cuda), through {way}"
+        ways = {"gds": "through GPUDirect", "pinned": "through page-locked memory", "resident": "from its own memory"}
+        return f"{escape(facts['gpu']['name'])} (cuda), {ways[facts['transfer']['kind']]}"
     return f"{facts['device']}, {_threads(facts['threads'])}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from gpuem.provenance import provenance
 from gpuem.region import Roi, region, summary
 from gpuem.results import Results
 
+log = logging.getLogger("gpuem")
 Progress = Callable[[int], None]
 
 
@@ -139,6 +141,8 @@ def prepare(ds: Dataset, analyses: Sequence[Analysis], options: recipe.Run, roi:
         raise RecipeError("analyses: give at least one")
     recipe.check_names([a.name for a in analyses])
     backend = backends.select(options.device)
+    if backend.NAME == "cpu" and (options.transfer, options.device_memory) != ("auto", None):
+        log.info("transfer and device_memory mean nothing on the CPU")
     view = view_of(ds)
     weights = [a.weights(view) for a in analyses]
     prepared = backend.prepare(sum(weights, Weights()), ds.frame_shape, ds.dtype)

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from gpuem.analyses.com import CenterOfMass
 from gpuem.analyses.sums import Sum
@@ -68,8 +68,8 @@ class Run(_Section):
 
     device: Literal["auto", "cuda", "cpu"] = "auto"
     threads: int | None = Field(default=None, ge=1)
-    memory: str | int | None = Field(default=None, description='bytes, or "4 GB"')
-    device_memory: str | int | None = Field(default=None, description='of the GPU: bytes, or "20 GB"')
+    memory: str | StrictInt | None = Field(default=None, description='bytes, or "4 GB"')
+    device_memory: str | StrictInt | None = Field(default=None, description='of the GPU: bytes, or "20 GB"')
     transfer: Literal["auto", "pinned", "gds"] = Field(default="auto", description="how bytes reach the GPU")
     on_error: Literal["stop", "mask"] = "stop"
 

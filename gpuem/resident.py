@@ -15,7 +15,7 @@ from gpuem import tiles
 from gpuem.backends import Weights, cuda, cuda_device, cuda_load, cuda_plan
 from gpuem.backends.cuda_load import Tile
 from gpuem.backends.cuda_session import Session
-from gpuem.errors import DataError, PlanError
+from gpuem.errors import DataError, DeviceError, PlanError
 from gpuem.formats.source import Chunks, Piece, Resident, Runs, Source
 from gpuem.storage.host import Files
 from gpuem.storage.pinned import ALIGNED, Arrived, Extent, Load
@@ -45,14 +45,21 @@ def bring(source: Source, files: Files, *, packed: bool) -> Source:
     DeviceError
         There is no GPU, or it fails.
     """
+    reason = cuda_device.why_not()
+    if reason:
+        raise DeviceError(f"to_device: {reason}")
     raw = replace(source, dtype=source.raw_dtype, correction=None)
     free = cuda_device.gpu().free
     shards, cuts = tiles.cut(raw, cuda_plan.SIZES)
     plan = Plan(shards, cuts, min(os.cpu_count() or 1, cuda_plan.READERS), {})
-    as_stored = [_stored(piece) if packed and cuda_load.on_device(raw, piece) else None for piece in raw.pieces]
+    there = [isinstance(piece.layout, Resident) for piece in raw.pieces]
+    as_stored = [
+        _stored(piece) if packed and not already and cuda_load.on_device(raw, piece) else None
+        for piece, already in zip(raw.pieces, there, strict=True)
+    ]
     size = sum(
-        piece.frames * raw.frame_nbytes if stored is None else stored.nbytes
-        for piece, stored in zip(raw.pieces, as_stored, strict=True)
+        0 if already else piece.frames * raw.frame_nbytes if stored is None else stored.nbytes
+        for piece, stored, already in zip(raw.pieces, as_stored, there, strict=True)
     )
     prepared = cuda.prepare(Weights(), raw.frame_shape, raw.dtype)
     beside = sum(cuda.plan(raw, prepared, tiles.Limits(0, 0, plan.threads, 1 << 62)).device_nbytes.values())

@@ -16,14 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuem import engine, tiles
-from gpuem.backends import Lost, cuda_device, cuda_load
+from gpuem.backends import Lost, cuda_device, cuda_load, cuda_plan
 from gpuem.backends.cuda_load import Tile
 from gpuem.backends.cuda_session import Returning, Session
 from gpuem.engine import Job, Partial
 from gpuem.errors import DataError
-
-# shards whose sums come back while the next ones run
-BEHIND = 2
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def run(job: Job, shards: Iterable[int]) -> Iterator[Partial]:
             if job.stop.is_set():
                 raise engine.StoppedError
             if place.first:
-                while len(waiting) >= BEHIND:
+                while len(waiting) >= cuda_plan.SUMS:
                     yield _finished(job, session, waiting.popleft())
                 sums = session.begin()
                 waiting.append(_Shard(place.shard))

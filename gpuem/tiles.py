@@ -175,7 +175,7 @@ def tile_shape(piece: Piece, frame_nbytes: int, sizes: Sizes | None = None) -> t
     layout = stored_layout(piece.layout)
     if isinstance(layout, Runs):
         target = RESIDENT_NBYTES if _used_in_place(piece) else sizes.runs_tile
-        return (max(1, min(target // frame_nbytes, MOST_FRAMES)),)
+        return (max(1, min(target // frame_nbytes, MOST_FRAMES, piece.frames)),)
     nav = piece.nav
     if isinstance(layout, Chunks | Calls):
         tile = list(layout.shape[: len(nav)] if isinstance(layout, Chunks) else layout.chunk)

@@ -27,13 +27,13 @@ template <typename Stored, bool SWAP> __device__ __forceinline__ Stored pixel_at
 // size         pixels of a frame
 // dark, gain   (size) or null: out = (pixel - dark) * gain, each step rounded in the precision of `out`
 // out          (frames, pitch)
-// grid         (parts of a frame, frames), 256 threads
+// grid         (frames, parts of a frame), 256 threads
 template <typename Stored, typename Out, bool SWAP>
 __global__ void __launch_bounds__(256)
     convert(const u8* bytes, const i64* at, i64 size, const Out* dark, const Out* gain, Out* out, i64 pitch) {
-    const u8* from = bytes + at[blockIdx.y];
-    Out* to = out + blockIdx.y * pitch;
-    for (i64 p = blockIdx.x * 256LL + threadIdx.x; p < size; p += gridDim.x * 256LL) {
+    const u8* from = bytes + at[blockIdx.x];
+    Out* to = out + blockIdx.x * pitch;
+    for (i64 p = blockIdx.y * 256LL + threadIdx.x; p < size; p += gridDim.y * 256LL) {
         Out value = static_cast<Out>(pixel_at<Stored, SWAP>(from + p * sizeof(Stored)));
         if (dark) value = static_cast<Out>(value - dark[p]);
         if (gain) value = static_cast<Out>(value * gain[p]);

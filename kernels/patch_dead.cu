@@ -32,12 +32,12 @@ template <> struct Mean<f32> : FloatMean { using FloatMean::FloatMean; };
 template <> struct Mean<f64> : FloatMean { using FloatMean::FloatMean; };
 
 // dead         (count) dead pixels; the good neighbours of the k-th are neighbours[offsets[k]] ... [offsets[k + 1] - 1]
-// grid         (parts of the dead pixels, frames), 256 threads
+// grid         (frames, parts of the dead pixels), 256 threads
 template <typename Pixel>
 __global__ void __launch_bounds__(256)
     patch_dead(Pixel* pixels, const i64* starts, const i32* dead, int count, const i32* offsets, const i32* neighbours) {
-    Pixel* frame = pixels + starts[blockIdx.y];
-    for (int k = blockIdx.x * 256 + threadIdx.x; k < count; k += gridDim.x * 256) {
+    Pixel* frame = pixels + starts[blockIdx.x];
+    for (int k = blockIdx.y * 256 + threadIdx.x; k < count; k += gridDim.y * 256) {
         Mean<Pixel> mean(offsets[k + 1] - offsets[k]);
         for (int j = offsets[k]; j < offsets[k + 1]; ++j) mean.add(frame[neighbours[j]]);
         frame[dead[k]] = static_cast<Pixel>(mean.value());

@@ -204,6 +204,28 @@ def test_many_masks_and_weights(late, tmp_path, dtype):
     check_same(ds, [gpuem.Sum(), *weights((16, 20), 17), *binary((16, 20), 4)])
 
 
+@pytest.mark.parametrize(("count", "many"), [(14, False), (15, True)])
+def test_many_masks_and_weights_go_to_tensor_cores(late, tmp_path, count, many):
+    frames = reference.planted((5, 16, 20), "u2", 6)
+    ds = gpuem.open(raw(tmp_path / "a.raw", frames), scan=(5,), frame=(16, 20), dtype="u2")
+    gpuem.run(ds, [*binary((16, 20), count), *weights((16, 20), count)])
+    launched = {name.partition("<")[0] for name in late.launches}
+    assert {"mask_sums", "image_sums_tensor"} <= launched if many else launched == {"all_sums", "image_sums"}
+
+
+def test_a_scattered_region_of_small_frames_fits_its_slot(late, small_tiles, tmp_path):
+    frames = reference.planted((900, 5, 7), "u1", 6)
+    ds = gpuem.open(raw(tmp_path / "a.raw", frames, header=30), scan=(900,), frame=(5, 7), dtype="u1", header=30)
+    for step in (2, 3, 5):
+        check_same(ds, [gpuem.Sum()], roi=np.arange(900) % step == 0)
+
+
+def test_more_frames_in_a_chunk_than_a_grid_is_high(late, tmp_path):
+    data = reference.planted((70000, 2, 4), ">f4", 6).astype(">f4")
+    ds = gpuem.open(hdf5(tmp_path / "a.h5", data, (70000, 2, 4)))
+    check_same(ds, [gpuem.CenterOfMass(), gpuem.VirtualDetector(outer=1.5)])
+
+
 def test_region_skip_and_positions_without_frames(device, small_tiles, tmp_path):
     frames = reference.planted((50, 12, 14), "u2", 7)
     path = raw(tmp_path / "a.raw", frames)
@@ -226,7 +248,11 @@ def test_chunks_that_were_never_written(late, small_tiles, tmp_path, filters):
     assert gpu.provenance["frames"]["masked"] == 5
 
 
-@pytest.mark.parametrize("filters", [bitshuffle, lz4], ids=["bitshuffle", "lz4"])
+def gzip():
+    return {"compression": "gzip"}
+
+
+@pytest.mark.parametrize("filters", [bitshuffle, lz4, gzip])
 def test_broken_chunks_are_told_or_masked(device, small_tiles, tmp_path, filters):
     import h5py
 
@@ -371,6 +397,15 @@ class TestResident:
         with pytest.raises(gpuem.DataError, match="frame 3: "):
             gpuem.run(gpuem.open(tmp_path / "b.h5").to_device(packed=True), [gpuem.Sum()], device="cuda")
 
+    def test_what_is_there_already_stays(self, late, tmp_path):
+        frames = reference.planted((20, 12, 14), "u2", 14)
+        ds = gpuem.open(raw(tmp_path / "a.raw", frames), scan=(4, 5), frame=(12, 14), dtype="u2").to_device()
+        live = late.live_bytes
+        for packed in (False, True):
+            again = ds.to_device(packed=packed)
+            assert again.source.pieces[0].layout is ds.source.pieces[0].layout
+        assert late.live_bytes < live + 1000
+
     def test_correction_is_applied_in_every_run(self, late, tmp_path):
         frames = reference.planted((20, 12, 14), "u2", 14)
         ds = gpuem.open(raw(tmp_path / "a.raw", frames), scan=(4, 5), frame=(12, 14), dtype="u2").corrected(
@@ -414,11 +449,16 @@ def test_the_host_runs_ahead_of_the_gpu(late, small_tiles, tmp_path, monkeypatch
     from emulation.build import Library
 
     from gpuem.backends import cuda_session
+    from gpuem.storage import pinned
 
     executed, seen = [], []
     run, add = Library.run, cuda_session.Session.add
     monkeypatch.setattr(Library, "run", lambda self, name, *rest: executed.append(name) or run(self, name, *rest))
     monkeypatch.setattr(cuda_session.Session, "add", lambda self, *rest: seen.append(len(executed)) or add(self, *rest))
+    filled, ahead = [], []
+    fill, arrive = pinned.Ring._fill, pinned.Ring._arrive
+    monkeypatch.setattr(pinned.Ring, "_fill", lambda self, *rest: filled.append(1) or fill(self, *rest))
+    monkeypatch.setattr(pinned.Ring, "_arrive", lambda self, *rest: ahead.append(len(filled)) or arrive(self, *rest))
     frames = reference.planted((211, 16, 24), "u2", 1)
     ds = gpuem.open(raw(tmp_path / "a.raw", frames), scan=(211,), frame=(16, 24), dtype="u2")
     plan = job.prepare(ds, [gpuem.Sum()], recipe.run_section(device="cuda")).plan
@@ -428,6 +468,8 @@ def test_the_host_runs_ahead_of_the_gpu(late, small_tiles, tmp_path, monkeypatch
     # a kernel is run only when its slot is wanted again: four tiles later
     assert all(kernels <= max(0, tile - 4) for tile, kernels in enumerate(seen[:tiles_of_two_shards]))
     assert seen[-1] > 0
+    # when a tile is waited for, the three after it are being read
+    assert ahead[:-3] == [tile + 4 for tile in range(len(ahead) - 3)]
 
 
 @pytest.mark.parametrize("kind", ["raw", "merlin", "bitshuffle"])
@@ -447,6 +489,9 @@ def test_reads_that_go_straight_to_the_device(device, small_tiles, tmp_path, mon
             return self
 
         def wait(self):
+            pass
+
+        def close(self):
             pass
 
     monkeypatch.setattr(gds, "choose", lambda *asked: ("gds", "a test"))

@@ -90,6 +90,35 @@ class TestWithOne:
         with installed("late"), pytest.raises(gpuem.DeviceError, match="GPUDirect"):
             gpuem.run(ds, CHOSEN, transfer="gds")
 
+    @pytest.mark.parametrize("kind", ["gzip", "array", "resident"])
+    def test_what_no_disk_brings_is_not_said_to_come_by_gpudirect(self, ds, tmp_path, monkeypatch, kind):
+        import h5py
+
+        from gpuem.storage import gds
+
+        def never(*asked):
+            raise AssertionError("nothing is read that GPUDirect could bring")
+
+        monkeypatch.setattr(gds, "choose", never)
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            file.create_dataset("data", data=ds[...], chunks=(1, 5, 16, 24), compression="gzip")
+        with installed("late"):
+            data = {"gzip": gpuem.open(tmp_path / "a.h5"), "array": ds[...]}.get(kind)
+            if kind == "resident":
+                monkeypatch.setattr(gds, "choose", lambda *asked: ("pinned", "a test"))
+                data = ds.to_device()
+                monkeypatch.setattr(gds, "choose", never)
+            found = gpuem.run(data, CHOSEN).provenance["transfer"]
+            assert found["kind"] == ("resident" if kind == "resident" else "pinned")
+            if kind != "resident":
+                with pytest.raises(gpuem.DeviceError, match="nothing can come straight from the disk"):
+                    gpuem.run(data, CHOSEN, transfer="gds")
+
+    def test_options_of_a_gpu_are_not_dropped_silently_on_a_cpu(self, ds, caplog):
+        with caplog.at_level(logging.INFO, "gpuem"):
+            gpuem.run(ds, CHOSEN, device="cpu", transfer="gds")
+        assert "transfer and device_memory mean nothing on the CPU" in caplog.text
+
     def test_importing_touches_no_device(self):
         with installed("late") as device:
             import gpuem.stream  # noqa: F401
@@ -169,20 +198,55 @@ class TestMemory:
             assert len(set(during)) == 1
 
     def test_a_gpu_that_is_too_small_is_refused_with_numbers(self, ds):
-        with (
-            installed("late", memory_nbytes=1 << 20),
-            pytest.raises(
-                gpuem.PlanError, match=r"MB of the GPU's memory and may take 1 MB \(1 MB of it are free\).*slots"
-            ),
-        ):
+        said = r"MB of the GPU's memory and may take 0\.2 MB \(0\.3 MB of it are free\).*slots"
+        with installed("late", memory_nbytes=1 << 18), pytest.raises(gpuem.PlanError, match=said):
             gpuem.run(ds, CHOSEN)
 
     def test_device_memory_limits_it(self, ds):
-        with installed("late"), pytest.raises(gpuem.PlanError, match="may take 5 MB"):
-            gpuem.run(ds, CHOSEN, device_memory="5 MB")
+        with installed("late"), pytest.raises(gpuem.PlanError, match=r"may take 0\.1 MB"):
+            gpuem.run(ds, CHOSEN, device_memory="100 kB")
+
+
+class TestKernelCache:
+    def test_files_can_be_read_by_others_and_damaged_ones_are_made_anew(self, ds, tmp_path, monkeypatch, caplog):
+        from gpuem.backends import cuda_compile
+
+        with installed("late"):
+            monkeypatch.setenv("GPUEM_KERNEL_CACHE", str(tmp_path / "kernels"))
+            gpuem.run(ds, CHOSEN)
+            kept = list((tmp_path / "kernels").iterdir())
+            assert kept
+            assert all(path.stat().st_mode & 0o777 == 0o644 for path in kept)
+            assert {path.suffix for path in kept} == {".cubin", ".symbol"}
+            for path in kept:
+                if path.suffix == ".cubin":
+                    path.write_bytes(path.read_bytes()[:100])
+            cuda_compile._loaded.clear()
+            with caplog.at_level(logging.INFO, "gpuem"):
+                gpuem.run(ds, CHOSEN)
+        assert "is compiled again" in caplog.text
+
+    def test_a_folder_that_can_t_be_written_leaves_nothing_behind(self, ds, tmp_path, monkeypatch):
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        with installed("late"):
+            (tmp_path / "file").write_text("in the way")
+            monkeypatch.setenv("GPUEM_KERNEL_CACHE", str(tmp_path / "file" / "kernels"))
+            gpuem.run(ds, CHOSEN)
+            assert not list(tmp_path.glob("gpuem-*.cubin"))
 
 
 class TestFailures:
+    def test_page_locked_memory_that_the_host_hasn_t(self, ds, monkeypatch):
+        with installed("late"):
+            import cupy
+
+            def refused(nbytes):
+                raise cupy.cuda.runtime.CUDARuntimeError(2)
+
+            monkeypatch.setattr(cupy.cuda, "alloc_pinned_memory", refused)
+            with pytest.raises(gpuem.DeviceError, match="MB of page-locked host memory can't be had"):
+                gpuem.run(ds, CHOSEN)
+
     @pytest.mark.parametrize("schedule", ["late", "early"])
     @pytest.mark.parametrize("after", [0, 1, 7])
     def test_a_launch_that_fails_ends_the_run_in_words(self, ds, small, schedule, after):

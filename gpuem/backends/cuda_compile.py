@@ -6,6 +6,7 @@ compiled: the key is the whole text. Nothing here runs at import.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -128,8 +129,10 @@ def kept(name: str, wanted: str, architecture: str) -> tuple[Path, str]:
     key = hashlib.sha256("\0".join(what).encode()).hexdigest()[:32]
     where = cache_folder()
     code, symbol = where / f"{name}-{key}.cubin", where / f"{name}-{key}.symbol"
-    if code.is_file() and symbol.is_file():
-        return code, symbol.read_text(encoding="ascii")
+    with contextlib.suppress(OSError):
+        # a file that is damaged is noticed when it is loaded
+        if code.is_file():
+            return code, symbol.read_text(encoding="ascii")
     made = compile_kernel(name, wanted, architecture)
     try:
         where.mkdir(parents=True, exist_ok=True)
@@ -144,9 +147,16 @@ def kept(name: str, wanted: str, architecture: str) -> tuple[Path, str]:
 
 
 def _put(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; others may read it, as folders of kernels are shared."""
     with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=path.name, delete=False) as file:
-        file.write(content)
-    Path(file.name).replace(path)
+        try:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            Path(file.name).replace(path)
+        except OSError:
+            Path(file.name).unlink(missing_ok=True)
+            raise
 
 
 _loaded: dict[tuple[str, str], Any] = {}
@@ -169,6 +179,23 @@ def kernel(name: str, arguments: Sequence[str | int | bool], *, function: str | 
     wanted = expression(function or name, arguments)
     architecture = str(cupy.cuda.Device().compute_capability)
     if (wanted, architecture) not in _loaded:
-        path, symbol = kept(name, wanted, architecture)
-        _loaded[wanted, architecture] = cupy.RawModule(path=str(path)).get_function(symbol)
+        _loaded[wanted, architecture] = _load(name, wanted, architecture)
     return _loaded[wanted, architecture]
+
+
+def _load(name: str, wanted: str, architecture: str) -> Any:
+    import cupy
+
+    path, symbol = kept(name, wanted, architecture)
+    try:
+        return cupy.RawModule(path=str(path)).get_function(symbol)
+    except (cupy.cuda.driver.CUDADriverError, OSError) as error:
+        if path.parent != cache_folder():
+            raise
+        log.info("the compiled kernel %s can't be loaded (%s) and is compiled again", path, error)
+        path.unlink(missing_ok=True)
+        path, symbol = kept(name, wanted, architecture)
+        return cupy.RawModule(path=str(path)).get_function(symbol)
+    finally:
+        if path.parent != cache_folder():
+            path.unlink(missing_ok=True)

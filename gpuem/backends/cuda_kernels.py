@@ -26,6 +26,8 @@ THREADS = 256
 SHARED_NBYTES = 48 << 10
 # blocks of bitshuffle as its library makes them; the kernel keeps one of them in shared memory per warp
 BLOCK_NBYTES = 8192
+# a grid may be this long in its second direction, and 2^31 - 1 in its first
+MOST_ROWS = 65535
 # so that 32 bits hold the sum of a 16-bit pixel over the frames of a block
 MOST_FRAMES = 1 << 15
 # masks and regions of one launch; more are taken in several
@@ -177,7 +179,7 @@ def all_sums(
     strips = -(-groups_of(*frames.shape) // strip)
     per_block = _per_block(frames.count, strips, width_columns, number + regions)
     if floats:
-        strips, per_block = (strips, frames.count) if images is not None else (1, 1)
+        strips, per_block = (strips, frames.count) if images is not None else (1, -(-frames.count // MOST_ROWS))
     shared = per_block * 8 * width_columns * 8 + (number + regions) * THREADS * 4
     aligned = _load(alignment(frames.aligned, frames.shape[1] * itemsize), itemsize)
     total, maximum = images if images is not None else (NULL, NULL)
@@ -289,7 +291,7 @@ def convert(
     dark, gain = (NULL if array is None else array for array in dark_gain)
     native = stored.newbyteorder("=")
     kernel("convert", (PIXELS[native], PIXELS[out.dtype], stored != native))(
-        (max(1, min(-(-size // 1024), 64)), frames), (256,),
+        (frames, max(1, min(-(-size // 1024), 64))), (256,),
         (data, at, np.int64(size), dark, gain, out, np.int64(size)),
     )  # fmt: skip
 
@@ -309,7 +311,7 @@ def place_chunks(chunks: Array, geometry: Array, out: Array) -> None:
     """
     frames, size = out.shape
     kernel("place_chunks", (f"u{8 * out.dtype.itemsize}",))(
-        (max(1, min(-(-size // 1024), 64)), frames), (256,),
+        (frames, max(1, min(-(-size // 1024), 64))), (256,),
         (chunks, geometry, np.int32(geometry.shape[1]), out, np.int64(size)),
     )  # fmt: skip
 
@@ -317,7 +319,7 @@ def place_chunks(chunks: Array, geometry: Array, out: Array) -> None:
 def patch_dead(frames: DeviceFrames, dead: Array, offsets: Array, neighbours: Array) -> None:
     """Replace dead pixels by the mean of their good neighbours, ``neighbours[offsets[k]:offsets[k + 1]]``."""
     kernel("patch_dead", (frames.of,))(
-        (-(-dead.size // 256), frames.count), (256,),
+        (frames.count, min(-(-dead.size // 256), MOST_ROWS)), (256,),
         (frames.pixels, frames.starts, dead, np.int32(dead.size), offsets, neighbours),
     )  # fmt: skip
 
@@ -339,7 +341,7 @@ def bitshuffle_lz4(data: Array, at: Array, lengths: Array, out: Array, codes: Ar
     chunks, nbytes = out.shape[0], out.shape[1] * out.dtype.itemsize
     # shared memory then holds 27 warps on a multiprocessor of an H100
     warps = 3
-    parts = min(-(-nbytes // (warps * BLOCK_NBYTES)), 65535)
+    parts = min(-(-nbytes // (warps * BLOCK_NBYTES)), MOST_ROWS)
     kernel("bitshuffle_lz4", (f"u{8 * out.dtype.itemsize}",))(
         (chunks, parts), (32 * warps,),
         (data, at, lengths, np.int32(chunks), out, np.int64(nbytes), np.int64(nbytes), codes),
@@ -378,7 +380,7 @@ def merlin(data: Array, starts: Array, out: Array, bits: int, chips: tuple[int, 
     """
     frames, size = out.shape
     kernel("merlin", (bits,))(
-        (max(1, min(-(-size // 2048), 64)), frames), (256,),
+        (max(1, min(-(-size // 2048), 64)), min(frames, MOST_ROWS)), (256,),
         (data, starts, np.int32(frames), out, np.int64(size), *map(np.int32, shape), *map(np.int32, chips)),
     )  # fmt: skip
 
@@ -387,6 +389,6 @@ def unshuffle(shuffled: Array, out: Array) -> None:
     """Undo HDF5's shuffle: in a row of `shuffled` (chunks, pixels of a chunk) byte k of all pixels lies together."""
     chunks, nbytes = out.shape[0], out.shape[1] * out.dtype.itemsize
     kernel("unshuffle", (out.dtype.itemsize,))(
-        (max(1, min(-(-out.shape[1] // 1024), 1024)), min(chunks, 65535)), (256,),
+        (max(1, min(-(-out.shape[1] // 1024), 1024)), min(chunks, MOST_ROWS)), (256,),
         (shuffled, out, np.int64(nbytes), np.int64(nbytes), np.int64(nbytes), np.int32(chunks)),
     )  # fmt: skip

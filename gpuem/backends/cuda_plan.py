@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from gpuem import tiles
 from gpuem.backends import cuda_device, cuda_load
-from gpuem.errors import PlanError
+from gpuem.errors import DeviceError, PlanError
 from gpuem.formats.source import Chunks, Resident, Runs, Source, stored_layout
+from gpuem.storage import gds
 from gpuem.storage.pinned import slot_nbytes
 from gpuem.tiles import Limits, Plan, Shard, Sizes
 
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 
 # one slot is computed with, one is copied, the others are filled
 SLOTS = 4
-# shards whose sums are on their way: one adds up, one is copied back, one is put in its place
-SUMS = 3
+# shards in work: one adds up while the sums of the one before are copied back
+SUMS = 2
 # large enough that launching costs nothing beside copying, small enough to stay in the second-level cache when decoded;
 # with its tables a slot is a little smaller than 32 MiB: page-locked memory comes in powers of two
 SIZES = Sizes(runs_tile=30 << 20, tile=30 << 20, shard=240 << 20)
@@ -55,7 +56,7 @@ def plan(source: Source, prepared: Prepared, limits: Limits) -> Plan:
     free = cuda_device.gpu().free
     allowed = min(free, limits.device_memory) if limits.device_memory is not None else int(SHARE * free)
     device = {**fixed, f"{SLOTS} slots": SLOTS * slot}
-    _refuse("the GPU's memory", device, allowed, f"{free / 1e6:,.0f} MB of it are free", "[run] device_memory")
+    _refuse("the GPU's memory", device, allowed, f"{free / 1e6:,.1f} MB of it are free", "[run] device_memory")
     per_position = sum(part.width for part in prepared.parts) * 8 + len(prepared.weights.images) * 8 + 8
     host = {
         "Python, libraries, kernels": tiles.BASE_NBYTES + CONTEXT_NBYTES,
@@ -71,9 +72,9 @@ def plan(source: Source, prepared: Prepared, limits: Limits) -> Plan:
 def _refuse(what: str, needed: dict[str, int], allowed: int, note: str, key: str) -> None:
     total = sum(needed.values())
     if total > allowed:
-        parts = ", ".join(f"{name} {n / 1e6:,.0f} MB" for name, n in needed.items())
+        parts = ", ".join(f"{name} {n / 1e6:,.1f} MB" for name, n in needed.items())
         raise PlanError(
-            f"the run needs {total / 1e6:,.0f} MB of {what} and may take {allowed / 1e6:,.0f} MB"
+            f"the run needs {total / 1e6:,.1f} MB of {what} and may take {allowed / 1e6:,.1f} MB"
             f"{f' ({note})' if note else ''}: {parts}. Allow more ({key}), end what else uses it, or store the data in "
             "chunks of fewer frames"
         )
@@ -125,15 +126,36 @@ def _reader_nbytes(source: Source, cuts: tuple[tuple[int, ...], ...], readers: i
     return min(readers, SLOTS) * most
 
 
-def extents_of(source: Source) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Byte offset and length of the blocks that are read at once, to judge whether GPUDirect suits them."""
+def way(source: Source, asked: str) -> tuple[str, str]:
+    """How bytes reach the device, and why: ``gds``, ``pinned``, or ``resident`` where they are there already.
+
+    Raises
+    ------
+    DeviceError
+        GPUDirect was asked for and isn't available, or nothing is read that it could bring.
+    """
+    if all(isinstance(piece.layout, Resident) for piece in source.pieces):
+        return "resident", "the data lies in the memory of the GPU"
+    offset, length = _extents(source)
+    if offset.size:
+        return gds.choose(asked, source.files, gds.aligned(offset, length))
+    why = "frames are put together on the processor" if source.files else "the data is an array in memory"
+    if asked == "gds":
+        raise DeviceError(f'transfer = "gds": nothing can come straight from the disk, {why}; use "auto" or "pinned"')
+    return "pinned", why
+
+
+def _extents(source: Source) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Byte offset and length of the blocks that are read at once and decoded on the device."""
     offsets, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for piece in source.pieces:
         layout = piece.layout
+        if not cuda_load.on_device(source, piece) or isinstance(layout, Resident):
+            continue
         if isinstance(layout, Runs):
             offsets.append(layout.offset)
             lengths.append(np.minimum(layout.frames * layout.stride, SIZES.runs_tile))
-        elif isinstance(layout, Chunks) and not isinstance(piece.layout, Resident):
+        elif isinstance(layout, Chunks):
             offsets.append(layout.offset[layout.length > 0])
             lengths.append(layout.length[layout.length > 0])
     return np.concatenate(offsets), np.concatenate(lengths)

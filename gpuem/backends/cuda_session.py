@@ -18,7 +18,7 @@ from gpuem.errors import DataError
 from gpuem.formats.source import Source
 from gpuem.storage import gds
 from gpuem.storage.host import Files
-from gpuem.storage.pinned import Arrived, Load, Ring, slot_nbytes
+from gpuem.storage.pinned import Arrived, Load, Ring, page_locked, slot_nbytes
 from gpuem.tiles import Plan
 
 log = logging.getLogger("gpuem")
@@ -70,8 +70,7 @@ class Session:
         import cupy
 
         self.source, self.prepared = source, prepared
-        kind, self.why = gds.choose(transfer, source.files, gds.aligned(*cuda_plan.extents_of(source)))
-        self.transfer = kind if source.files else "pinned"
+        self.transfer, self.why = cuda_plan.way(source, transfer)
         log.info("transfer: %s (%s)", self.transfer, self.why)
         self.compute = cupy.cuda.Stream(non_blocking=True)
         # arrays that are there already may still be written to by the caller's stream
@@ -105,6 +104,8 @@ class Session:
         """Wait for what is under way and let go of everything."""
         self.ring.close()
         self.compute.synchronize()
+        if isinstance(self.ring.direct, gds.Reader):
+            self.ring.direct.close()
 
     def scratch(self, purpose: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """An array of undefined content in memory that is kept for this purpose."""
@@ -139,7 +140,7 @@ class Session:
             yield tag, tile, arrived
 
     def begin(self) -> DeviceSums:
-        """Empty accumulators for the next shard; at most `cuda_plan.SUMS` - 1 may still be on their way back."""
+        """Empty accumulators for the next shard; those of one other shard may still be on their way back."""
         returning = self._idle.pop(0)
         sums = returning.sums
         sums.chunks = sums.checked = 0
@@ -169,7 +170,7 @@ class Session:
         import cupy
 
         sums = DeviceSums(self.prepared, frames, cupy.empty(nbytes, np.uint8), self._places)
-        host = np.frombuffer(cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
+        host = page_locked(nbytes)
         made = Returning(sums, host, cupy.cuda.Event(disable_timing=True))
         self._returning[id(sums)] = made
         return made

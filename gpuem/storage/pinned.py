@@ -20,7 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuem.errors import DataError
+from gpuem.errors import DataError, DeviceError
 from gpuem.storage.host import Files
 
 # several threads read one slot in pieces of this size: one thread alone is slower than the bus
@@ -117,9 +117,13 @@ class Ring(Generic[Tag]):
         self._copy = cupy.cuda.Stream(non_blocking=True)
         self._ring = []
         for _ in range(self.slots):
-            host = np.frombuffer(cupy.cuda.alloc_pinned_memory(self.nbytes), np.uint8, self.nbytes)
-            events = (cupy.cuda.Event(disable_timing=True) for _ in range(2))
-            self._ring.append(_Slot(host, cupy.empty(self.nbytes, np.uint8), *events))
+            host = page_locked(self.nbytes)
+            # readers wait asleep for a slot: spinning ones would take the processors from those that read
+            copied = cupy.cuda.Event(block=True, disable_timing=True)
+            used = cupy.cuda.Event(disable_timing=True)
+            # nothing is copied before what the caller's streams had under way
+            used.record(self.compute)
+            self._ring.append(_Slot(host, cupy.empty(self.nbytes, np.uint8), copied, used))
         self._pool = ThreadPoolExecutor(self.readers, thread_name_prefix="gpuem-read")
 
     def stream(self, loads: Iterable[tuple[Tag, Load | None]]) -> Iterator[tuple[Tag, Arrived | DataError | None]]:
@@ -233,6 +237,19 @@ class Ring(Generic[Tag]):
             places.append((at, at + table.nbytes))
             at += table.nbytes
         return places
+
+
+def page_locked(nbytes: int) -> NDArray[np.uint8]:
+    """Host memory that the GPU reads and writes by itself; raises DeviceError where the system gives none."""
+    import cupy
+
+    try:
+        return np.frombuffer(cupy.cuda.alloc_pinned_memory(nbytes), np.uint8, nbytes)
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise DeviceError(
+            f"{nbytes / 1e6:,.0f} MB of page-locked host memory can't be had ({error}): end what else uses the host's "
+            "memory, or raise what the job may lock (ulimit -l, the control group)"
+        ) from error
 
 
 def slot_nbytes(load_nbytes: int, tables: Iterable[int]) -> int:
