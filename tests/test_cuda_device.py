@@ -236,6 +236,17 @@ class TestKernelCache:
 
 
 class TestFailures:
+    def test_without_the_compiler_s_library(self, ds, monkeypatch):
+        with installed("late"):
+            from cupy.cuda import nvrtc
+
+            def missing():
+                raise RuntimeError('Failure finding "libnvrtc.so.13"')
+
+            monkeypatch.setattr(nvrtc, "getVersion", missing)
+            with pytest.raises(gpuem.DeviceError, match=r"NVRTC.*can't be loaded.*libnvrtc.*pip install"):
+                gpuem.run(ds, CHOSEN)
+
     def test_page_locked_memory_that_the_host_hasn_t(self, ds, monkeypatch):
         with installed("late"):
             import cupy

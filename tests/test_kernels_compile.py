@@ -24,7 +24,7 @@ from gpuem.backends import cuda_compile, cuda_kernels, cuda_report
 from gpuem.correction import corrected_type
 from gpuem.errors import DeviceError, RecipeError
 
-REASON = cuda_report.why_not()
+REASON = cuda_compile.why_not()
 needs_nvrtc = pytest.mark.skipif(bool(REASON), reason=f"kernels can't be compiled: {REASON}")
 # NVRTC 12.9 to 13.5 take 64 or 80 registers here, where their limit is 128 or more, and lack a few: bytes of the stack.
 # With the limit at one block to a multiprocessor they take what they need, but then fewer threads run at once.

@@ -20,7 +20,9 @@ OTHER = "not descending and not random and not touch_nothing_outside"
 
 # most of the time is compiling: seconds where the cache holds the kernels
 @pytest.mark.slow
-@pytest.mark.parametrize(("file", "least"), [("test_kernels.py", 85), ("test_kernels_decode.py", 500)])
+@pytest.mark.parametrize(
+    ("file", "least"), [("test_kernels.py", 85), ("test_kernels_decode.py", 500), ("test_kernels_larger.py", 55)]
+)
 def test_kernels_touch_nothing_outside(file, least):
     pytest_command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not slow", "-k", OTHER]
     done = run_under_sanitizer([*pytest_command, str(HERE / file)], timeout=1500)

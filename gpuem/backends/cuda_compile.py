@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpuem.backends.cuda_device import INSTALL
 from gpuem.errors import DeviceError
 
 log = logging.getLogger("gpuem")
@@ -77,6 +78,25 @@ def expression(kernel: str, arguments: Sequence[str | int | bool]) -> str:
     return f"{kernel}<{', '.join(words)}>" if words else kernel
 
 
+def why_not() -> str:
+    """Why kernels can't be compiled here, in words; empty where they can."""
+    try:
+        from cupy.cuda import nvrtc
+    except ModuleNotFoundError:
+        return f"CuPy is not installed: {INSTALL}"
+    except ImportError as error:
+        return f"CuPy can't be loaded: {error}"
+    try:
+        nvrtc.getVersion()
+    except (RuntimeError, OSError) as error:
+        first = str(error).strip().partition("\n")[0]
+        return (
+            f"NVRTC, the library that compiles kernels, can't be loaded ({first}). Install it for the CUDA version of "
+            "CuPy: pip install 'nvidia-cuda-nvrtc==13.*', or nvidia-cuda-nvrtc-cu12 beside cupy-cuda12x"
+        )
+    return ""
+
+
 def compile_kernel(name: str, wanted: str, architecture: str) -> Compiled:
     """Compile one kernel with NVRTC; needs no GPU.
 
@@ -123,6 +143,9 @@ def kept(name: str, wanted: str, architecture: str) -> tuple[Path, str]:
 
     Processes that compile at once each write their own file and put it in place whole.
     """
+    reason = why_not()
+    if reason:
+        raise DeviceError(reason)
     from cupy.cuda import nvrtc
 
     what = (source(name), wanted, architecture, *OPTIONS, str(nvrtc.getVersion()))

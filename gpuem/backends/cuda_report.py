@@ -134,25 +134,6 @@ def _converting(dtype: np.dtype[np.generic]) -> Iterator[Instance]:
         yield _instance("merlin", depth)
 
 
-def why_not() -> str:
-    """Why kernels can't be compiled here, in words; empty where they can."""
-    try:
-        from cupy.cuda import nvrtc
-    except ModuleNotFoundError:
-        return f"CuPy is not installed: {cuda_device.INSTALL}"
-    except ImportError as error:
-        return f"CuPy can't be loaded: {error}"
-    try:
-        nvrtc.getVersion()
-    except (RuntimeError, OSError) as error:
-        first = str(error).strip().partition("\n")[0]
-        return (
-            f"NVRTC, the library that compiles kernels, can't be loaded ({first}). Install it for the CUDA version of "
-            "CuPy: pip install 'nvidia-cuda-nvrtc==13.*', or nvidia-cuda-nvrtc-cu12 beside cupy-cuda12x"
-        )
-    return ""
-
-
 def architectures(asked: str = "") -> list[str]:
     """Compute capabilities in a list such as ``80,90``; of this machine's GPU where nothing is asked for.
 
@@ -194,7 +175,7 @@ def compile_all(architectures: Sequence[str], which: Sequence[Instance]) -> list
     DeviceError
         There is no compiler, a kernel doesn't compile, or the results can't be kept.
     """
-    reason = why_not()
+    reason = cuda_compile.why_not()
     if reason:
         raise DeviceError(f"kernels can't be compiled: {reason}")
     return [compile_one(instance, architecture) for architecture in architectures for instance in which]
