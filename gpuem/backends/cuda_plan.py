@@ -43,12 +43,11 @@ def plan(source: Source, prepared: Prepared, limits: Limits) -> Plan:
         It doesn't fit into the GPU's memory, or into that of the host; with the numbers.
     """
     shards, cuts = tiles.cut(source, SIZES)
-    needs = cuda_load.needs(source, cuts)
-    slot = slot_nbytes(needs.pop("slot", 0), (needs.pop("tables", 0), 4096))
+    slot, scratch = buffers(source, cuts)
     sums = sums_nbytes(source, prepared, shards, cuts)
     readers = min(limits.threads, READERS)
     fixed = {
-        "decoding": sum(needs.values()),
+        "decoding": sum(scratch.values()),
         "sums of shards": SUMS * sums,
         "masks and weights": table_nbytes(source, prepared) + 16 * max((math.prod(c) for c in cuts), default=0),
         "looking again at broken tiles": sums + _largest_tile(source, cuts),
@@ -67,6 +66,12 @@ def plan(source: Source, prepared: Prepared, limits: Limits) -> Plan:
     }
     _refuse("memory", host, limits.memory, "", "[run] memory")
     return Plan(shards, cuts, readers, host, device)
+
+
+def buffers(source: Source, cuts: tuple[tuple[int, ...], ...]) -> tuple[int, dict[str, int]]:
+    """Bytes of a slot, and of the scratch of every step of decoding: what is counted here is what a run allocates."""
+    needs = cuda_load.needs(source, cuts)
+    return slot_nbytes(needs.pop("slot", 0), (needs.pop("tables", 0), 4096)), needs
 
 
 def _refuse(what: str, needed: dict[str, int], allowed: int, note: str, key: str) -> None:

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuem.backends import Sums, cuda, cuda_load, cuda_plan, sums_fit
+from gpuem.backends import Sums, cuda, cuda_plan, sums_fit
 from gpuem.backends.cuda import DeviceSums, Prepared
 from gpuem.backends.cuda_load import Tile
 from gpuem.errors import DataError
 from gpuem.formats.source import Source
 from gpuem.storage import gds
 from gpuem.storage.host import Files
-from gpuem.storage.pinned import Arrived, Load, Ring, page_locked, slot_nbytes
+from gpuem.storage.pinned import Arrived, Load, Ring, page_locked
 from gpuem.tiles import Plan
 
 log = logging.getLogger("gpuem")
@@ -77,11 +77,10 @@ class Session:
         before = cupy.cuda.Event(disable_timing=True)
         before.record()
         self.compute.wait_event(before)
-        needs = cuda_load.needs(source, plan.tiles)
-        slot = slot_nbytes(needs.pop("slot", 0), (needs.pop("tables", 0), 4096))
+        slot, scratch = cuda_plan.buffers(source, plan.tiles)
         direct = gds.Reader(source.files) if self.transfer == "gds" else None
         self.ring: Ring[Any] = Ring(files, cuda_plan.SLOTS, slot, plan.threads, self.compute, direct)
-        self._scratch = {purpose: cupy.empty(nbytes, np.uint8) for purpose, nbytes in needs.items()}
+        self._scratch = {purpose: cupy.empty(nbytes, np.uint8) for purpose, nbytes in scratch.items()}
         self._even: dict[int, Array] = {}
         self._most_frames = max((math.prod(tile) for tile in plan.tiles), default=0)
         frames = max((shard.frames for shard in plan.shards), default=0)
