@@ -71,13 +71,13 @@ def run(
 
 @app.command()
 def check(recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file.")]) -> None:
-    """Do everything `run` does except touching the data: shards, bytes, memory, estimated time."""
+    """Do everything `run` does before it streams the data: shards, bytes, memory, estimated time."""
     from gpuem import job, results
     from gpuem import recipe as recipes
 
     loaded, _ = recipes.load(recipe)
     ds = job.open_input(loaded)
-    prepared = job.prepare(ds, loaded.analysis, loaded.run, loaded.input.roi)
+    _, prepared = job.begin(ds, loaded.analysis, loaded.run, loaded.input.roi)
     plan = prepared.plan
     _describe_data(ds)
     wanted = int(prepared.wanted.sum())

@@ -1,4 +1,4 @@
-"""One shard: for each tile, for each block of frames in it, all weights of all analyses at once."""
+"""One shard: for each tile, for each block of frames in it, all weights and fits of all analyses at once."""
 
 from __future__ import annotations
 
@@ -119,8 +119,9 @@ def run_shard(job: Job, index: int) -> Partial:
             else:
                 good, bad = _without_unusable(job, item)
                 lost.extend(bad)
-                job.backend.add_frames(good.frames, job.prepared, sums, done)
-                positions[done : done + good.indices.size] = good.indices - job.skip
+                where = positions[done : done + good.indices.size]
+                where[:] = good.indices - job.skip
+                job.backend.add_frames(good.frames, job.prepared, sums, done, where)
                 done += good.indices.size
             start = time.perf_counter()
             seconds["compute"] += start - loaded
@@ -140,7 +141,8 @@ def wanted_in(job: Job, piece: Piece, box: Box) -> NDArray[np.bool_]:
 
 def filled(sums: Sums, done: int) -> Sums:
     """Sums of a shard without the rows that no frame went to."""
-    return replace(sums, masks=sums.masks[:done], images=sums.images[:done], moments=sums.moments[:done])
+    fits = tuple(rows[:done] for rows in sums.fits)
+    return replace(sums, masks=sums.masks[:done], images=sums.images[:done], moments=sums.moments[:done], fits=fits)
 
 
 def _without_unusable(job: Job, block: Block) -> tuple[Block, list[Lost]]:
@@ -203,7 +205,7 @@ class Totals:
     Parameters
     ----------
     sums : Sums
-        One row per scan position; rows without a frame are 0 and not `valid`.
+        One row per scan position; rows without a frame are 0 (of fits: NaN) and not `valid`.
     valid : (positions,) bool
         Which positions had a readable frame.
     lost : list of Lost
@@ -230,6 +232,8 @@ def combine(job: Job, partials: Iterable[Partial]) -> Totals:
         sums, part = totals.sums, partial.sums
         for name in ("masks", "images", "moments"):
             getattr(sums, name)[partial.positions] = getattr(part, name)
+        for rows, found in zip(sums.fits, part.fits, strict=True):
+            rows[partial.positions] = found
         sums.total += part.total
         np.maximum(sums.maximum, part.maximum, out=sums.maximum)
         totals.valid[partial.positions] = True
@@ -250,5 +254,6 @@ def _empty_totals(job: Job) -> Totals:
         np.zeros((positions, len(weights.moments), 3), wide),
         np.zeros(shape if weights.total else (0, 0), wide),
         np.full(shape if weights.maximum else (0, 0), lowest, dtype),
+        tuple(np.full((positions, fit.columns), np.nan, np.float32) for fit in weights.fits),
     )
     return Totals(sums, np.zeros(job.wanted.size, np.bool_))

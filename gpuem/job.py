@@ -10,18 +10,23 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gpuem import backends, dataset, engine, recipe, results, tiles
-from gpuem.analyses import Analysis, Map, View
+from gpuem.analyses import Analysis, Looking, Map, View
 from gpuem.backends import Device, Sums, Weights
 from gpuem.dataset import Dataset
-from gpuem.errors import DataError, RecipeError
+from gpuem.errors import DataError, PlanError, RecipeError
 from gpuem.executors import local
+from gpuem.look import sample, sample_nbytes
 from gpuem.provenance import provenance
 from gpuem.region import Roi, region, summary
 from gpuem.results import Results
 
 log = logging.getLogger("gpuem")
 Progress = Callable[[int], None]
+Asked = Analysis | Looking
 
 
 class Options(TypedDict, total=False):
@@ -36,7 +41,7 @@ class Options(TypedDict, total=False):
 
 def run(
     data: Any,
-    analyses: Sequence[Analysis] | Analysis,
+    analyses: Sequence[Asked] | Asked,
     *,
     roi: Roi = None,
     device: Device = "auto",
@@ -84,9 +89,9 @@ def run(
     ds = data if isinstance(data, Dataset) else dataset.of_array(data)
     chosen = list(analyses) if isinstance(analyses, Sequence) else [analyses]
     asked = recipe.run_section(device=device, **options)
-    job = prepare(ds, chosen, asked, roi)
+    resolved, job = begin(ds, chosen, asked, roi)
     totals = engine.combine(job, local.run(job, progress))
-    maps = finish(view_of(ds), chosen, job, totals)
+    maps = finish(view_of(ds), resolved, job, totals)
     facts = provenance(ds, chosen, job, totals, time.perf_counter() - started)
     facts["roi"] = summary(job.wanted, roi)
     return Results(maps, facts)
@@ -135,22 +140,87 @@ def open_input(asked: recipe.Recipe) -> Dataset:
     return ds.corrected(**correction) if correction else ds
 
 
-def prepare(ds: Dataset, analyses: Sequence[Analysis], options: recipe.Run, roi: Roi = None) -> engine.Job:
-    """All of a run but touching the data: weights, plan, open files. ``gpuem check`` stops here."""
-    if not analyses:
-        raise RecipeError("analyses: give at least one")
-    recipe.check_names([a.name for a in analyses])
+def begin(
+    ds: Dataset, analyses: Sequence[Asked], options: recipe.Run, roi: Roi = None
+) -> tuple[list[Analysis], engine.Job]:
+    """All of a run before it streams: look, then prepare. ``gpuem check`` stops here."""
+    resolved = look(ds, analyses, region(ds.scan_shape, roi), _allowed(options))
+    looked = any(isinstance(analysis, Looking) for analysis in analyses)
+    return resolved, prepare(ds, resolved, options, roi, sample_nbytes(ds) if looked else 0)
+
+
+def look(
+    ds: Dataset, analyses: Sequence[Asked], wanted: NDArray[np.bool_], memory: int | None = None
+) -> list[Analysis]:
+    """Let the analyses that want to look at a sample of frames; without them nothing is read.
+
+    Parameters
+    ----------
+    ds : Dataset
+        The frames.
+    analyses : sequence of analyses
+        As they were asked for.
+    wanted : (positions,) bool
+        The region of interest.
+    memory : int
+        Bytes that the process may take; default 80 % of what is available.
+
+    Returns
+    -------
+    list of Analysis
+        All of them, in their order, with what they found out.
+
+    Raises
+    ------
+    DataError
+        No frame could be read.
+    PlanError
+        The sample doesn't fit into memory.
+    """
+    _check(analyses)
+    if not any(isinstance(analysis, Looking) for analysis in analyses):
+        return [a for a in analyses if not isinstance(a, Looking)]
+    nbytes, allowed = tiles.BASE_NBYTES + sample_nbytes(ds), local.available_memory() if memory is None else memory
+    if nbytes > allowed:
+        raise PlanError(
+            f"looking at a sample of the frames needs {nbytes / 1e6:,.0f} MB and the run may take {allowed / 1e6:,.0f} "
+            "MB. Allow more ([run] memory)"
+        )
+    view, frames = view_of(ds), sample(ds, wanted)
+    log.info("look: %d frames, spread over the scan", frames.positions.size)
+    return [a.look(view, frames) if isinstance(a, Looking) else a for a in analyses]
+
+
+def prepare(
+    ds: Dataset, analyses: Sequence[Analysis], options: recipe.Run, roi: Roi = None, sample_nbytes: int = 0
+) -> engine.Job:
+    """Weights, plan and open files of a run; no frame is read.
+
+    Parameters
+    ----------
+    ds : Dataset
+        The frames.
+    analyses : sequence of Analysis
+        They have looked, if they had to.
+    options : recipe.Run
+        Where and how.
+    roi
+        Scan positions to read; see `run`.
+    sample_nbytes : int
+        Bytes of the frames that were looked at.
+    """
+    _check(analyses)
     backend = backends.select(options.device)
     if backend.NAME == "cpu" and (options.transfer, options.device_memory) != ("auto", None):
         log.info("transfer and device_memory mean nothing on the CPU")
     view = view_of(ds)
     weights = [a.weights(view) for a in analyses]
     prepared = backend.prepare(sum(weights, Weights()), ds.frame_shape, ds.dtype)
-    allowed = recipe.parse_memory(options.memory) if options.memory is not None else local.available_memory()
+    allowed = _allowed(options)
     asked = options.device_memory
     on_device = recipe.parse_memory(asked, "device_memory") if asked is not None else None
-    maps = tiles.MAPS_NBYTES * len(analyses)
-    limits = tiles.Limits(ds.positions, maps, options.threads or local.cpus(), allowed, on_device)
+    maps = sum(_map_nbytes(analysis, view) for analysis in analyses)
+    limits = tiles.Limits(ds.positions, maps, options.threads or local.cpus(), allowed, on_device, sample_nbytes)
     plan = backend.plan(ds.source, prepared, limits)
     if ds.source.in_files:
         ds.files.check()
@@ -163,13 +233,29 @@ def prepare(ds: Dataset, analyses: Sequence[Analysis], options: recipe.Run, roi:
     )  # fmt: skip
 
 
+def _check(analyses: Sequence[Asked]) -> None:
+    if not analyses:
+        raise RecipeError("analyses: give at least one")
+    recipe.check_names([analysis.name for analysis in analyses])
+
+
+def _allowed(options: recipe.Run) -> int:
+    """Bytes of host memory that the run may take."""
+    return recipe.parse_memory(options.memory) if options.memory is not None else local.available_memory()
+
+
+def _map_nbytes(analysis: Analysis, view: View) -> int:
+    own = getattr(analysis, "map_nbytes", None)
+    return int(own(view)) if own else tiles.MAPS_NBYTES
+
+
 def finish(view: View, analyses: Sequence[Analysis], job: engine.Job, totals: engine.Totals) -> dict[str, Map]:
     """Hand every analysis its own columns of the sums, collect the maps."""
     if not totals.valid.any():
         why = "; ".join(item.message for item in totals.lost[:3]) or "no frame of the file lies inside the scan"
         raise DataError(f"not one frame could be read: {why}")
     maps: dict[str, Map] = {}
-    masks = images = moments = 0
+    masks = images = moments = fits = 0
     for analysis, own in zip(analyses, job.weights, strict=True):
         sums = Sums(
             totals.sums.masks[:, masks : (masks := masks + len(own.masks))],
@@ -177,6 +263,7 @@ def finish(view: View, analyses: Sequence[Analysis], job: engine.Job, totals: en
             totals.sums.moments[:, moments : (moments := moments + len(own.moments))],
             totals.sums.total,
             totals.sums.maximum,
+            totals.sums.fits[fits : (fits := fits + len(own.fits))],
         )
         for name, item in analysis.finish(view, sums, totals.valid).items():
             maps[f"{analysis.name}/{name}" if name else analysis.name] = item

@@ -9,14 +9,13 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpuem import engine
-from gpuem.analyses import Analysis
+from gpuem.analyses import Analysis, Looking
 from gpuem.correction import summary
 from gpuem.dataset import Dataset
 
@@ -41,7 +40,7 @@ def _version(name: str) -> str:
 
 
 def provenance(
-    ds: Dataset, analyses: Sequence[Analysis], job: engine.Job, totals: engine.Totals, seconds: float
+    ds: Dataset, analyses: Sequence[Analysis | Looking], job: engine.Job, totals: engine.Totals, seconds: float
 ) -> dict[str, Any]:
     """How the results came about, as plain values."""
     missing = int(job.wanted.sum() - totals.valid.sum())
@@ -77,9 +76,13 @@ def provenance(
 
 
 def _plain(analysis: Any) -> dict[str, Any]:
-    """An analysis as plain values; of a mask that was given as an array its number of pixels."""
-    fields: dict[str, Any] = analysis.model_dump(mode="json", exclude={"mask"})
-    mask = getattr(analysis, "mask", None)
-    if mask is not None:
-        fields["mask"] = str(mask) if isinstance(mask, Path) else f"array, {int(np.count_nonzero(mask))} pixels"
-    return fields
+    """An analysis as plain values; of an array its shape, of a mask its number of pixels."""
+    arrays = {name: value for name, value in analysis if isinstance(value, np.ndarray)}
+    fields: dict[str, Any] = analysis.model_dump(mode="json", exclude=set(arrays))
+    return {name: _words(arrays[name]) if name in arrays else fields[name] for name in type(analysis).model_fields}
+
+
+def _words(array: NDArray[Any]) -> str:
+    if array.ndim == 2:
+        return f"array, {int(np.count_nonzero(array))} pixels"
+    return f"array of {' x '.join(map(str, array.shape))}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
@@ -14,8 +14,11 @@ from gpuem.analyses.sums import Sum
 from gpuem.analyses.virtual import VirtualDetector
 from gpuem.errors import RecipeError
 
+# the one list of all kinds: what a recipe may say, and what is said of it where it says something else
 AnyAnalysis = Annotated[Sum | VirtualDetector | CenterOfMass, Field(discriminator="kind")]
-
+KINDS: dict[str, type[BaseModel]] = {
+    str(model.model_fields["kind"].default): model for model in get_args(get_args(AnyAnalysis)[0])
+}
 
 # names that have a meaning of their own in a result
 RESERVED = ("valid", "zarr.json", "scan_y", "scan_x", "detector_y", "detector_x", "term", "component")
@@ -186,8 +189,7 @@ def _absolute(recipe: Recipe, folder: Path) -> Recipe:
     paths = [fix(p) for p in data.path] if isinstance(data.path, list) else fix(data.path)
     roi = fix(data.roi) if isinstance(data.roi, Path) else data.roi
     analyses = [
-        a.model_copy(update={"mask": fix(a.mask)}) if isinstance(a, VirtualDetector) and isinstance(a.mask, Path) else a
-        for a in recipe.analysis
+        a.model_copy(update={name: fix(value) for name, value in a if isinstance(value, Path)}) for a in recipe.analysis
     ]
     correction = {name: fix(value) if isinstance(value, Path) else value for name, value in recipe.correction}
     return recipe.model_copy(
@@ -219,10 +221,7 @@ def _reason(error: Any) -> str:
         near = get_close_matches(str(loc[-1]), known, 1, 0.5)
         return "unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
     if kind == "union_tag_invalid":
-        tag, known = (
-            error["ctx"]["tag"],
-            [str(a.model_fields["kind"].default) for a in (Sum, VirtualDetector, CenterOfMass)],
-        )
+        tag, known = error["ctx"]["tag"], list(KINDS)
         near = get_close_matches(str(tag).lower(), known, 1, 0.4)
         return (
             f"kind {tag!r} is unknown"
@@ -247,8 +246,7 @@ def _known(loc: tuple[Any, ...]) -> list[str]:
     if len(loc) == 1:
         return list(Recipe.model_fields)
     if loc[0] == "analysis":
-        models = {str(a.model_fields["kind"].default): a for a in (Sum, VirtualDetector, CenterOfMass)}
-        return list(models[loc[2]].model_fields)
+        return list(KINDS[loc[2]].model_fields)
     sections: dict[str, type[BaseModel]] = {
         "input": Input, "calibration": Calibration, "correction": Correction, "run": Run, "output": Output
     }  # fmt: skip

@@ -75,7 +75,7 @@ def run(job: Job, shards: Iterable[int]) -> Iterator[Partial]:
             if isinstance(arrived, DataError):
                 shard.again = True
             elif tile is not None and arrived is not None and sums is not None:
-                session.add(tile, arrived, sums, shard.rows)
+                session.add(tile, arrived, sums, shard.rows, tile.indices - job.skip)
                 shard.indices.append(tile.indices)
                 shard.lost += tile.lost
                 shard.rows += tile.indices.size

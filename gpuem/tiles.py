@@ -32,7 +32,8 @@ MOST_SHARDS = 1 << 14
 MOST_FRAMES = 1 << 15
 # a few frames at a time are corrected and used while they are in the caches
 CORRECTED_NBYTES = 2 << 20
-# bytes per scan position of the maps that one analysis makes of its sums, and of what it makes them from
+# bytes per scan position of the maps that an analysis makes of its sums, and of what it makes them from, where the
+# analysis doesn't say
 MAPS_NBYTES = 256
 # the interpreter with its libraries and compiled kernels, measured on Linux x86-64
 BASE_NBYTES = 400 << 20
@@ -67,13 +68,15 @@ class Limits:
     positions : int
         Scan positions; there may be more of them than frames.
     map_nbytes : int
-        Bytes of maps per scan position.
+        Bytes of maps per scan position, of all analyses together.
     threads : int
         Most threads.
     memory : int
         Bytes of host memory that the whole process may take.
     device_memory : int, optional
         Bytes of a GPU's memory; by default what is free.
+    sample_nbytes : int
+        Bytes of the frames that analyses look at beforehand.
     """
 
     positions: int
@@ -81,6 +84,7 @@ class Limits:
     threads: int
     memory: int
     device_memory: int | None = None
+    sample_nbytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ def cut(source: Source, sizes: Sizes) -> tuple[tuple[Shard, ...], tuple[tuple[in
     return tuple(_shards(source, tiles, sizes)), tiles
 
 
-def plan(source: Source, limits: Limits, position_nbytes: int, image_nbytes: int) -> Plan:
+def plan(source: Source, limits: Limits, position_nbytes: int, image_nbytes: int, fit_nbytes: int = 0) -> Plan:
     """Cut a source into shards and tiles for the threads of a CPU.
 
     Parameters
@@ -132,6 +136,8 @@ def plan(source: Source, limits: Limits, position_nbytes: int, image_nbytes: int
         Bytes of sums per scan position.
     image_nbytes : int
         Bytes of the images reduced over frames (sum, maximum), per shard.
+    fit_nbytes : int
+        Bytes of what fits find, per scan position; of these nobody makes copies but the maps.
 
     Raises
     ------
@@ -149,12 +155,13 @@ def plan(source: Source, limits: Limits, position_nbytes: int, image_nbytes: int
     )
     fixed = {
         "Python, libraries, kernels": BASE_NBYTES,
-        "sums and maps": limits.positions * (2 * position_nbytes + limits.map_nbytes),
+        "sums and maps": limits.positions * (2 * position_nbytes + fit_nbytes + limits.map_nbytes),
         "images": 2 * image_nbytes,
+        **({"sample of frames": limits.sample_nbytes} if limits.sample_nbytes else {}),
         **({"correction": source.correction.nbytes} if source.correction is not None else {}),
     }
     # results of two shards per thread may wait to be combined in order
-    per_thread = tile_nbytes + 3 * (shard_frames * position_nbytes + image_nbytes)
+    per_thread = tile_nbytes + 3 * (shard_frames * (position_nbytes + fit_nbytes) + image_nbytes)
     room = limits.memory - sum(fixed.values())
     fitting = min(limits.threads, room // max(per_thread, 1), max(len(shards), 1))
     if fitting < 1:

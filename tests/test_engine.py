@@ -101,7 +101,7 @@ def test_frames_larger_than_strips_and_bands(dtype, frame):
     prepared = cpu.prepare(Weights(True, True, (mask,), (), (None, mask)), frame, np.dtype(dtype))
     sums = cpu.new_sums(prepared, 5)
     starts = np.arange(5, dtype=np.int64) * frame[0] * frame[1]
-    cpu.add_frames(Frames(data.ravel(), starts, frame), prepared, sums, 0)
+    cpu.add_frames(Frames(data.ravel(), starts, frame), prepared, sums, 0, np.arange(5))
     assert np.array_equal(sums.total, reference.frame_sum(data))
     assert np.array_equal(sums.maximum, reference.frame_max(data))
     assert np.array_equal(sums.masks[:, 0], reference.mask_sums(data, mask))

@@ -1,15 +1,16 @@
 """Analyses: each declares what it needs of a frame and turns the sums into maps.
 
 An analysis is a frozen pydantic model; its fields are what a recipe may write. It has two methods: `weights` says what
-is linear in the frame, `finish` makes maps of the sums. It never opens a file, never knows the device, never sees
-another analysis.
+is needed of each frame, `finish` makes maps of the sums. It never opens a file, never knows the device, never sees
+another analysis. One that has to know the frames before it can say what it needs of each of them looks at a sample of
+them first and becomes another analysis (`Looking`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,8 +67,28 @@ class View:
         return np.where(valid, values.astype(np.float64), np.nan).reshape(self.scan_shape)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Frames that analyses look at beforehand, spread evenly over the wanted scan positions.
+
+    Parameters
+    ----------
+    frames : (n, y, x) array
+        Corrected frames in their native type; at least one, none with NaN.
+    positions : (n,) int64
+        Their flat scan positions, each once.
+    """
+
+    frames: NDArray[Any]
+    positions: NDArray[np.int64]
+
+
 class Analysis(Protocol):
-    """What the engine asks of an analysis."""
+    """What the engine asks of an analysis.
+
+    It may also have ``map_nbytes(view)``: bytes per scan position of its maps and of what it makes them from; without
+    it `gpuem.tiles.MAPS_NBYTES` are counted.
+    """
 
     @property
     def name(self) -> str:
@@ -87,4 +108,24 @@ class Analysis(Protocol):
             The analysis's own columns, one row per scan position.
         valid : (positions,) bool
             Which positions had a readable frame.
+        """
+
+
+@runtime_checkable
+class Looking(Protocol):
+    """An analysis that looks at a sample of the frames before it says what it needs of each."""
+
+    @property
+    def name(self) -> str:
+        """Name of its maps."""
+
+    def look(self, view: View, sample: Sample) -> Analysis:
+        """The analysis with all that it needed to find out; raises RecipeError or DataError where it can't.
+
+        Parameters
+        ----------
+        view : View
+            Axes and pixel type.
+        sample : Sample
+            Frames, to be left as they are: other analyses look at them too.
         """

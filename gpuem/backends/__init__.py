@@ -6,9 +6,12 @@
     plan(source, prepared, limits)            where the cuts are and what they cost
     load(source, files, piece, box, keep)     read and decode the wanted frames of a tile
     new_sums(prepared, frames)                empty accumulators for a shard
-    add_frames(frames, prepared, sums, at)    sums, masks, moments of a block of frames
+    add_frames(frames, prepared, sums, at, positions)
+                                              sums, masks, moments and fits of a block of frames
     usable(frames)                            which frames can be summed exactly
     fetch(sums)                               the accumulators in host memory
+
+What is linear in the frame is declared as weights; what is not, as a `Fit`, whose kind `cpu_fits` and `cuda_fits` know.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,9 +64,21 @@ class Block:
     indices: NDArray[np.int64]
 
 
+class Fit(Protocol):
+    """What is not linear in the frame and is found for each frame by itself, declared.
+
+    A fit is a frozen dataclass (``eq=False``) of plain numbers and NumPy arrays, and knows nothing of frames. Who
+    computes it is found by its type: `cpu_fits.KINDS` and `cuda_fits.KINDS`.
+    """
+
+    @property
+    def columns(self) -> int:
+        """How many float32 numbers it leaves behind for each frame."""
+
+
 @dataclass(frozen=True)
 class Weights:
-    """What is linear in the frame, declared: the backend picks the cheapest exact way.
+    """What is needed of each frame, declared: the backend picks the cheapest exact way.
 
     Parameters
     ----------
@@ -78,6 +93,8 @@ class Weights:
     moments : tuple of (y, x) bool or None
         Sum, y-weighted and x-weighted sum of each frame inside each mask (None: the whole detector); exact for
         integer data.
+    fits : tuple of Fit
+        What is not linear in the frame, computed for each frame by itself.
     """
 
     total: bool = False
@@ -85,6 +102,7 @@ class Weights:
     masks: tuple[NDArray[np.bool_], ...] = ()
     images: tuple[NDArray[np.floating[Any]], ...] = ()
     moments: tuple[NDArray[np.bool_] | None, ...] = ()
+    fits: tuple[Fit, ...] = ()
 
     def __add__(self, other: Weights) -> Weights:
         return Weights(
@@ -93,6 +111,7 @@ class Weights:
             self.masks + other.masks,
             self.images + other.images,
             self.moments + other.moments,
+            self.fits + other.fits,
         )
 
 
@@ -110,6 +129,8 @@ class Sums:
         Per frame and region: sum, y-weighted sum, x-weighted sum.
     total, maximum : (y, x) array
         Over all frames.
+    fits : tuple of (n, columns) float32
+        For each fit what it found, one row per frame; NaN where there is no frame.
     """
 
     masks: NDArray[Any]
@@ -117,6 +138,7 @@ class Sums:
     moments: NDArray[Any]
     total: NDArray[Any]
     maximum: NDArray[Any]
+    fits: tuple[NDArray[np.float32], ...] = ()
 
 
 def sums_fit(magnitudes: NDArray[np.float64], shape: tuple[int, int]) -> NDArray[np.bool_]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuem import tiles
-from gpuem.backends import Frames, Sums, Weights, reason_unusable, sums_fit
+from gpuem.backends import Frames, Sums, Weights, cpu_fits, reason_unusable, sums_fit
 from gpuem.backends import cpu_kernels as kernels
 from gpuem.backends.cpu_load import load
 from gpuem.backends.cpu_vectors import LANES, PITCH
@@ -57,6 +57,12 @@ class Prepared:
     region_spans: NDArray[np.int64]
     images: NDArray[np.floating[Any]]
 
+    @property
+    def linear(self) -> bool:
+        """Whether anything but fits is wanted of the pixels."""
+        wanted = self.weights
+        return bool(wanted.total or wanted.maximum or wanted.masks or wanted.images or wanted.moments)
+
 
 def prepare(weights: Weights, shape: tuple[int, int], dtype: np.dtype[Any]) -> Prepared:
     """Turn masks into spans of rows, choose accumulators, pad weight images.
@@ -94,7 +100,8 @@ def plan(source: Source, prepared: Prepared, limits: Limits) -> Plan:
     """Cut a source into work for the threads of this process; raises PlanError where it doesn't fit."""
     one = new_sums(prepared, 1)
     per_position = sum(array.nbytes for array in (one.masks, one.images, one.moments)) + 8
-    return tiles.plan(source, limits, per_position, one.total.nbytes + one.maximum.nbytes)
+    fits = sum(array.nbytes for array in one.fits)
+    return tiles.plan(source, limits, per_position, one.total.nbytes + one.maximum.nbytes, fits)
 
 
 def fetch(sums: Sums) -> Sums:
@@ -115,10 +122,11 @@ def new_sums(prepared: Prepared, frames: int) -> Sums:
         np.zeros((frames, len(weights.moments), 3), prepared.wide),
         _zeros(shape if weights.total else (0, 0), total),
         maximum,
+        tuple(np.zeros((frames, fit.columns), np.float32) for fit in weights.fits),
     )
 
 
-def add_frames(frames: Frames, prepared: Prepared, sums: Sums, at: int) -> None:
+def add_frames(frames: Frames, prepared: Prepared, sums: Sums, at: int, positions: NDArray[np.int64]) -> None:
     """Add a block of frames to the accumulators of a shard.
 
     Parameters
@@ -131,9 +139,19 @@ def add_frames(frames: Frames, prepared: Prepared, sums: Sums, at: int) -> None:
         Accumulators; rows `at` to `at` + n belong to these frames.
     at : int
         Row of the first frame.
+    positions : (n,) int64
+        Flat scan positions of the frames.
     """
     count = frames.starts.size
     rows = slice(at, at + count)
+    for fit, out in zip(prepared.weights.fits if count else (), sums.fits, strict=False):
+        cpu_fits.run(fit, frames, positions, out[rows])
+    if prepared.linear:
+        _add_linear(frames, prepared, sums, rows)
+
+
+def _add_linear(frames: Frames, prepared: Prepared, sums: Sums, rows: slice) -> None:
+    count = frames.starts.size
     if prepared.images.size:
         kernels.image_sums(frames.pixels, frames.starts, prepared.images, sums.images[rows])
     weights, narrow, whole = prepared.weights, prepared.narrow, prepared.whole

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuem.backends import Block, Frames, Lost, Sums, Weights, cpu_load, reason_unusable, sums_fit
+from gpuem.backends import Block, Frames, Lost, Sums, Weights, cpu_load, cuda_fits, reason_unusable, sums_fit
 from gpuem.backends import cuda_kernels as kernels
 from gpuem.backends.cuda_kernels import DeviceFrames
 from gpuem.backends.cuda_plan import plan
@@ -102,6 +102,11 @@ class Prepared:
             on_device.append(array)
         return tuple(on_device)
 
+    @functools.cached_property
+    def fit_tables(self) -> tuple[dict[str, Array], ...]:
+        """The arrays of every fit on the device."""
+        return tuple(cuda_fits.tables(fit) for fit in self.weights.fits)
+
 
 def prepare(weights: Weights, shape: tuple[int, int], dtype: np.dtype[Any]) -> Prepared:
     """Decide which kernel takes which masks and weights.
@@ -136,6 +141,7 @@ class DeviceSums:
     """Accumulators of a shard on the device: one buffer, and the arrays in it by name.
 
     `good` and `codes` hold what was found wrong: frames with NaN or too large counts, chunks that can't be decoded.
+    `positions`, the flat scan position of every row, is there where there are fits.
     """
 
     prepared: Prepared
@@ -166,6 +172,9 @@ def places(
     shapes["codes"] = ((chunks,), np.int32)
     shapes["good"] = ((frames if prepared.dtype.kind == "f" else 0,), np.uint8)
     shapes["magnitudes"] = ((frames if needs_magnitudes(prepared) else 0, 2), np.float64)
+    fits = prepared.weights.fits
+    shapes |= {f"fit{k}": ((frames, fit.columns), np.float32) for k, fit in enumerate(fits)}
+    shapes["positions"] = ((frames if fits else 0,), np.int64)
     found, at = {}, 0
     for name, (shape, dtype) in shapes.items():
         found[name] = (at, shape, np.dtype(dtype))
@@ -199,7 +208,10 @@ def clear(sums: DeviceSums) -> None:
 
 
 def add_device_frames(frames: DeviceFrames, sums: DeviceSums, at: int) -> None:
-    """Add frames to the accumulators of a shard; rows `at` to `at` + n belong to them."""
+    """Add frames to the accumulators of a shard; rows `at` to `at` + n belong to them.
+
+    Where there are fits, the frames' scan positions are in these rows of ``positions`` already.
+    """
     prepared = sums.prepared
     rows = slice(at, at + frames.count)
     images = (sums.arrays["total"], sums.arrays["maximum"]) if prepared.with_images else None
@@ -215,6 +227,9 @@ def add_device_frames(frames: DeviceFrames, sums: DeviceSums, at: int) -> None:
     if count:
         take = kernels.image_sums_tensor if prepared.tensor_images else kernels.image_sums
         take(frames, prepared.tables[len(prepared.parts)], count, sums.arrays["images"][rows])
+    for k, fit in enumerate(prepared.weights.fits):
+        positions, out = sums.arrays["positions"][rows], sums.arrays[f"fit{k}"][rows]
+        cuda_fits.run(fit, prepared.fit_tables[k], frames, positions, out)
 
 
 def check_device_frames(frames: DeviceFrames, sums: DeviceSums, at: int) -> None:
@@ -227,9 +242,11 @@ def check_device_frames(frames: DeviceFrames, sums: DeviceSums, at: int) -> None
     sums.checked = at + frames.count
 
 
-def add_frames(frames: Frames, prepared: Prepared, sums: DeviceSums, at: int) -> None:
+def add_frames(frames: Frames, prepared: Prepared, sums: DeviceSums, at: int, positions: NDArray[np.int64]) -> None:
     """Add a block of frames, whose pixels are on the device, to the accumulators of a shard."""
     if frames.starts.size:
+        if prepared.weights.fits:
+            sums.arrays["positions"][at : at + positions.size].set(np.ascontiguousarray(positions, np.int64))
         add_device_frames(_on_device(frames), sums, at)
 
 
@@ -272,6 +289,9 @@ def load(source: Source, files: Files, piece: Piece, box: Box, keep: NDArray[np.
         if isinstance(item, Lost):
             yield item
             continue
+        if not item.indices.size:
+            # all frames of this tile are lost
+            continue
         frames = item.frames
         size = math.prod(frames.shape)
         together = np.concatenate([frames.pixels[start : start + size] for start in frames.starts])
@@ -305,4 +325,5 @@ def unpack(sums: DeviceSums, content: NDArray[np.uint8]) -> Sums:
     nowhere = np.zeros((0, 0))
     total = array("total").reshape(shape).copy() if weights.total else nowhere.astype(prepared.wide)
     maximum = array("maximum").reshape(shape) if weights.maximum else nowhere
-    return Sums(masks, array("images").copy(), moments, total, maximum.astype(prepared.dtype))
+    fits = tuple(array(f"fit{k}").copy() for k in range(len(weights.fits)))
+    return Sums(masks, array("images").copy(), moments, total, maximum.astype(prepared.dtype), fits)

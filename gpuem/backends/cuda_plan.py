@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuem import tiles
-from gpuem.backends import cuda_device, cuda_load
+from gpuem.backends import cuda_device, cuda_fits, cuda_load
 from gpuem.errors import DeviceError, PlanError
 from gpuem.formats.source import Chunks, Resident, Runs, Source, stored_layout
 from gpuem.storage import gds
@@ -57,9 +57,11 @@ def plan(source: Source, prepared: Prepared, limits: Limits) -> Plan:
     device = {**fixed, f"{SLOTS} slots": SLOTS * slot}
     _refuse("the GPU's memory", device, allowed, f"{free / 1e6:,.1f} MB of it are free", "[run] device_memory")
     per_position = sum(part.width for part in prepared.parts) * 8 + len(prepared.weights.images) * 8 + 8
+    fits = sum(4 * fit.columns for fit in prepared.weights.fits)
     host = {
         "Python, libraries, kernels": tiles.BASE_NBYTES + CONTEXT_NBYTES,
-        "sums and maps": limits.positions * (2 * per_position + limits.map_nbytes),
+        "sums and maps": limits.positions * (2 * per_position + fits + limits.map_nbytes),
+        **({"sample of frames": limits.sample_nbytes} if limits.sample_nbytes else {}),
         "images": 3 * _image_nbytes(prepared),
         "page-locked slots": SLOTS * slot + SUMS * sums,
         f"{readers} readers": _reader_nbytes(source, cuts, readers),
@@ -108,8 +110,9 @@ def chunks_of_shard(source: Source, shards: tuple[Shard, ...], cuts: tuple[tuple
 
 
 def table_nbytes(source: Source, prepared: Prepared) -> int:
-    """Bytes of masks, weights and corrections on the device."""
+    """Bytes of masks, weights, fits and corrections on the device."""
     tables = sum(table.nbytes for table in prepared.host_tables) + _image_nbytes(prepared)
+    tables += sum(cuda_fits.table_nbytes(fit) for fit in prepared.weights.fits)
     return tables + (source.correction.nbytes if source.correction is not None else 0)
 
 

@@ -90,7 +90,7 @@ class Session:
         self._idle = [self._new_sums(frames, nbytes) for _ in range(cuda_plan.SUMS)]
         with self.compute:
             self._tables = self._correction()
-            _ = prepared.tables
+            _ = prepared.tables, prepared.fit_tables
         self.compute.synchronize()
 
     def __enter__(self) -> Session:
@@ -147,15 +147,30 @@ class Session:
             cuda.clear(sums)
         return sums
 
-    def add(self, tile: Tile, arrived: Arrived, sums: DeviceSums, at: int) -> None:
-        """Decode a tile and add its frames, rows `at` and on."""
+    def add(self, tile: Tile, arrived: Arrived, sums: DeviceSums, at: int, positions: NDArray[np.int64]) -> None:
+        """Decode a tile and add its frames, rows `at` and on; `positions` are those of the frames in the scan."""
         codes = sums.arrays["codes"][sums.chunks : sums.chunks + tile.chunks]
         sums.chunks += tile.chunks
         with self.compute:
             if tile.indices.size:
                 frames = tile.decode(arrived, self, codes)
                 cuda.check_device_frames(frames, sums, at)
+                if self.prepared.weights.fits:
+                    self._place(positions, sums, at)
                 cuda.add_device_frames(frames, sums, at)
+
+    def _place(self, positions: NDArray[np.int64], sums: DeviceSums, at: int) -> None:
+        """Bring the positions of rows `at` and on to the device.
+
+        They go through the page-locked twin of the sums, each row through its own place. Nothing else is written there
+        before the sums are copied back, behind this on the same stream, and nothing anew before that is done.
+        """
+        start, _, dtype = sums.places["positions"]
+        rows = slice(start + at * dtype.itemsize, start + (at + positions.size) * dtype.itemsize)
+        host = self._returning[id(sums)].host[rows]
+        host[:] = np.ascontiguousarray(positions, dtype).view(np.uint8)
+        target = sums.arrays["positions"][at : at + positions.size]
+        target.data.copy_from_host_async(host.ctypes.data, host.nbytes, self.compute)
 
     def end(self, sums: DeviceSums) -> Returning:
         """Begin to copy the sums back."""
