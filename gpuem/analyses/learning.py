@@ -1,0 +1,367 @@
+"""What a sample of frames teaches about a lattice fit: the disk's rim, every reflection's inside, and the noise.
+
+The sample is fitted with what is known; then rim (radius, width) and insides (smooth modes per reflection, shrunk
+towards flat by what the counts allow) are improved by one step of least squares over all its pixels, and so again. Last,
+the spread of what was a nuisance becomes its prior.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gpuem.analyses import Sample
+from gpuem.analyses.modes import number_of, zernike
+from gpuem.analyses.probe import Disk, Probe, blurred
+from gpuem.backends import Frames, cpu_lattice
+from gpuem.backends.lattice_fit import COARSE_PHASES, PHASES, LatticeFit, phases
+from gpuem.codecs.compiled import compiled
+
+# modes of a disk's inside, up to this order
+ORDER = 4
+# how much a disk's inside may vary, relative: the prior of every mode
+SPREAD = 0.3
+# rim and insides are improved so often
+ROUNDS = 4
+# frames that are enough for rim and insides
+FRAMES = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """All that a lattice fit is made of, in the terms of physics.
+
+    Parameters
+    ----------
+    probe : Disk or Picture
+        The direct beam's disk.
+    sites, first, lattices, drift, good, axes, scan_width
+        As in `gpuem.backends.lattice_fit.LatticeFit`.
+    shape : tuple of int
+        Detector shape.
+    gain, read, saturation : float
+        Counts per electron, read noise in counts, counts from which on a pixel is saturated.
+    minimum : int
+        Smallest number of disks.
+    insides : (sites, modes) float64
+        Zernike coefficients of every disk's inside.
+    priors : (sites, 5) float64
+        As in `LatticeFit`.
+    """
+
+    probe: Probe
+    sites: NDArray[np.float64]
+    first: NDArray[np.int64]
+    lattices: NDArray[np.float64]
+    drift: NDArray[np.float64]
+    good: NDArray[np.float32]
+    axes: NDArray[np.float64]
+    scan_width: int
+    shape: tuple[int, int]
+    gain: float = 1.0
+    read: float = 0.05
+    saturation: float = np.inf
+    minimum: int = 4
+    insides: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 1)))
+    priors: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 5)))
+
+    @property
+    def spacing(self) -> float:
+        """Smallest distance of two disks, in px."""
+        return float(min(_shortest(lattice) for lattice in self.lattices))
+
+    def fit(self, *, minimum: int | None = None) -> LatticeFit:
+        """The tables of the fit."""
+        radius, edge = self.probe.radius, max(self.probe.edge, 1.0)
+        half = int(np.ceil(radius + 0.5 * edge + 2.0))
+        wide = int(np.ceil(radius + max(4.0, 0.5 * radius)))
+        n, count = 2 * half + 2, len(self.sites)
+        image = self.probe.image(half)
+        soft = blurred(_bordered(self.probe.image(wide)), radius / 3 * PHASES)
+        step = PHASES // COARSE_PHASES
+        shading = np.ones((count, n * n + n + 2))
+        if self.insides.shape[1] > 1:
+            grid = (np.arange(n) - half) / (radius + 0.5 * edge)
+            modes = zernike(*np.meshgrid(grid, grid, indexing="ij"), order_of(self.insides.shape[1]))
+            # one row and one pixel ahead: interpolation looks back
+            shading[:, n + 1 : n + 1 + n * n] = np.maximum(np.tensordot(self.insides, modes, 1), 0.0).reshape(count, -1)
+        longest = 0.15 * self.spacing
+        numbers = (self.gain, self.read**2, self.saturation, radius, minimum or self.minimum, 0.1, longest**-2.0)
+        return LatticeFit(
+            phases(image, PHASES, half),
+            phases(soft[::step, ::step], COARSE_PHASES, wide),
+            shading.astype(np.float32),
+            self._alone(half),
+            self._alone(wide),
+            self.sites,
+            self.first,
+            self.priors,
+            self.lattices,
+            self.drift,
+            self.good,
+            self.axes,
+            np.array(numbers, np.float64),
+            self.scan_width,
+        )
+
+    def _alone(self, half: int) -> NDArray[np.float32]:
+        """Where a disk's window holds no other disk: there alone the sum of two disks is known not to matter."""
+        grid = np.arange(2 * half + 2) - half - 0.5
+        keep = np.ones((grid.size, grid.size), np.bool_)
+        reach = self.probe.radius + 0.5 * max(self.probe.edge, 1.0) + 1.0
+        for lattice in self.lattices:
+            a, b = lattice[2:4], lattice[4:6]
+            for h in range(-2, 3):
+                for k in range(-2, 3):
+                    if h or k:
+                        y, x = h * a + k * b
+                        keep &= np.hypot(grid[:, None] - y, grid - x) > reach
+        return keep.reshape(-1).astype(np.float32)
+
+
+def _bordered(image: NDArray[np.float64]) -> NDArray[np.float64]:
+    """An image whose size suits coarse phases: (size - 1) / 2 is a multiple of the step."""
+    return image
+
+
+def _shortest(lattice: NDArray[np.float64]) -> float:
+    a, b = lattice[2:4], lattice[4:6]
+    return float(min(np.hypot(*v) for v in (a, b, a + b, a - b)))
+
+
+def order_of(modes: int) -> int:
+    """The order up to which there are so many modes."""
+    return next(order for order in range(20) if number_of(order) == modes)
+
+
+def learn(model: Model, sample: Sample, *, rim: bool = True, insides: bool = True) -> Model:
+    """Improve a model by a sample.
+
+    Parameters
+    ----------
+    model : Model
+        Where to begin; its `priors` and `insides` are replaced.
+    sample : Sample
+        Frames.
+    rim, insides : bool
+        Whether the rim (of a `Disk`) and the insides of disks are to be learned.
+
+    Returns
+    -------
+    Model
+        The model with the smaller misfit of the two kinds of rim, with the noise that was found.
+    """
+    count = len(model.sites)
+    modes = number_of(ORDER if insides else 0)
+    flat = np.zeros((count, modes))
+    flat[:, 0] = 1.0
+    start = replace(model, insides=flat, priors=np.tile([0.05**2, 0.2**2, 0.0, 0.0, 0.0], (count, 1)))
+    some = np.linspace(0, len(sample.frames) - 1, min(len(sample.frames), FRAMES)).round().astype(int)
+    few = Sample(sample.frames[some], sample.positions[some])
+    kinds: list[Model] = []
+    if rim and isinstance(model.probe, Disk):
+        sharp = replace(model.probe, rim="pixel", edge=0.3 * max(model.probe.edge - 1.0, 0.0))
+        kinds = [replace(start, probe=replace(model.probe, edge=max(model.probe.edge, 0.5))), replace(start, probe=sharp)]
+    else:
+        kinds = [start]
+    found = [_improved(kind, few, rim=len(kinds) > 1, insides=insides) for kind in kinds]
+    best = min(found, key=lambda item: item[1])[0]
+    return noise_of(best, sample)
+
+
+def _improved(model: Model, sample: Sample, *, rim: bool, insides: bool) -> tuple[Model, float]:
+    """A few rounds of fitting the lattice and improving the disks; the misfit at the end."""
+    misfit = np.inf
+    for turn in range(ROUNDS + 1):
+        sums = _sums_of(model, sample)
+        misfit = sums[3]
+        if turn < ROUNDS and (rim or insides):
+            model = _step(model, sums[0], sums[1], rim=rim, insides=insides)
+    return model, misfit
+
+
+def _sums_of(model: Model, sample: Sample) -> tuple[Any, Any, Any, float]:
+    """Fit the sample; normal equations of modes and rim per site, sums for the model error, and the misfit."""
+    fit = model.fit()
+    frames = frames_of(sample)
+    out, noted = cpu_lattice.details(fit, frames, sample.positions)
+    modes = model.insides.shape[1]
+    count = len(model.sites)
+    half = int(np.sqrt(fit.probe.shape[1])) // 2 - 1
+    images = _derivatives(model.probe, half)
+    grid = (np.arange(images.shape[1]) - images.shape[1] // 2) / PHASES / (model.probe.radius + 0.5 * max(model.probe.edge, 1.0))
+    basis = zernike(*np.meshgrid(grid, grid, indexing="ij"), order_of(modes)).astype(np.float32)
+    normal, right = np.zeros((count, modes + 2, modes + 2)), np.zeros((count, modes + 2))
+    error = np.zeros((count, 3))
+    noise = np.array([model.gain, model.read**2, model.saturation, model.probe.radius])
+    _accumulate(
+        (frames.pixels, frames.starts, frames.shape), out, noted, (model.sites, model.first),
+        (images.astype(np.float32), basis, model.insides, half, fit.window, fit.good), noise, (normal, right, error),
+    )  # fmt: skip
+    good = np.isfinite(out[:, 0])
+    misfit = float(np.median(out[good, 10])) if good.any() else np.inf
+    return normal, right, error, misfit
+
+
+def _derivatives(probe: Probe, half: int) -> NDArray[np.float64]:
+    """The probe's image, and how it changes with radius and edge."""
+    image = probe.image(half)
+    if not isinstance(probe, Disk):
+        return np.array([image, 0 * image, 0 * image])
+    step = 0.02
+    wider = replace(probe, radius=probe.radius + step).image(half) - replace(probe, radius=probe.radius - step).image(half)
+    low = max(probe.edge - step, 0.0)
+    softer = replace(probe, edge=probe.edge + step).image(half) - replace(probe, edge=low).image(half)
+    return np.array([image, wider / (2 * step), softer / (probe.edge + step - low)])
+
+
+def _step(model: Model, normal: Any, right: Any, *, rim: bool, insides: bool) -> Model:
+    """One step of least squares: modes per site, shrunk, and the rim they share."""
+    modes = model.insides.shape[1]
+    prior = np.full(modes, SPREAD**-2.0)
+    # the mean intensity belongs to the fit of every frame
+    prior[0] = 1e12
+    flat = np.zeros(modes)
+    flat[0] = 1.0
+    local = normal[:, :modes, :modes] + np.diag(prior)
+    score = right[:, :modes] - prior * (model.insides - flat)
+    cross = normal[:, :modes, modes:]
+    if not insides:
+        cross = np.zeros_like(cross)
+    solved, own = np.linalg.solve(local, cross), np.linalg.solve(local, score[..., None])[..., 0]
+    shared = (normal[:, modes:, modes:] - np.einsum("sji,sjk->sik", cross, solved)).sum(axis=0)
+    pull = (right[:, modes:] - np.einsum("sji,sj->si", cross, own)).sum(axis=0)
+    change = np.zeros(2)
+    if rim and isinstance(model.probe, Disk):
+        # a weak prior on the edge: where it can't be seen it stays
+        change = np.linalg.solve(shared + np.diag([1e-3, 1.0]), pull)
+        change = np.clip(change, [-0.5, -0.3], [0.5, 0.3])
+    lowest = 0.4 if isinstance(model.probe, Disk) and model.probe.rim == "ramp" else 0.0
+    probe = model.probe
+    if isinstance(probe, Disk):
+        probe = replace(probe, radius=probe.radius + change[0], edge=max(probe.edge + change[1], lowest))
+    coefficients = model.insides + (own - solved @ change if insides else 0.0)
+    coefficients[:, 0] = 1.0
+    return replace(model, probe=probe, insides=coefficients)
+
+
+@compiled
+def _accumulate(frames: Any, out: Any, noted: Any, model: Any, probe: Any, noise: Any, sums: Any) -> None:
+    """Normal equations of a sample's residuals: modes of every disk, radius and edge; see `learn`."""
+    pixels, starts, shape = frames
+    sites, first = model
+    images, basis, insides, half, window, good = probe
+    normal, right, error = sums
+    modes = insides.shape[1]
+    middle = images.shape[1] // 2
+    size = 2 * half + 2
+    column = np.empty(modes + 2)
+    for f in range(starts.size):
+        if not np.isfinite(out[f, 0]):
+            continue
+        grain = int(out[f, 13])
+        for s in range(first[grain], first[grain + 1]):
+            level, ground = noted[f, s, 0], noted[f, s, 1]
+            if level <= 0 or noted[f, s, 2] <= 0:
+                continue
+            cy = out[f, 0] + sites[s, 0] * out[f, 2] + sites[s, 1] * out[f, 4]
+            cx = out[f, 1] + sites[s, 0] * out[f, 3] + sites[s, 1] * out[f, 5]
+            top, left = int(np.floor(cy)) - half, int(np.floor(cx)) - half
+            for i in range(size):
+                for j in range(size):
+                    y, x = top + i, left + j
+                    if y < 0 or x < 0 or y >= shape[0] or x >= shape[1] or window[i * size + j] == 0:
+                        continue
+                    value = pixels[starts[f] + y * shape[1] + x]
+                    if value >= noise[2] or (good.size > 0 and good[y * shape[1] + x] == 0):
+                        continue
+                    at_y, at_x = (y - cy) * 16 + middle, (x - cx) * 16 + middle
+                    if at_y < 0 or at_x < 0 or at_y >= 2 * middle or at_x >= 2 * middle:
+                        continue
+                    m, n = int(at_y + 0.5), int(at_x + 0.5)
+                    inside = 0.0
+                    for c in range(modes):
+                        inside += insides[s, c] * basis[c, m, n]
+                    disk = images[0, m, n]
+                    slope = 1 + (noted[f, s, 8] * (y - cy) + noted[f, s, 9] * (x - cx)) / noise[3]
+                    mu = ground + level * disk * inside
+                    plain = noise[0] * max(mu, 0.0) + noise[1]
+                    w = 1 / (plain + (0.03 * level) ** 2)
+                    rest = value - mu
+                    for c in range(modes):
+                        column[c] = level * disk * basis[c, m, n]
+                    column[modes] = level * inside * images[1, m, n]
+                    column[modes + 1] = level * inside * images[2, m, n]
+                    for c in range(modes + 2):
+                        right[s, c] += w * column[c] * rest
+                        for d in range(c + 1):
+                            normal[s, c, d] += w * column[c] * column[d]
+                            normal[s, d, c] = normal[s, c, d]
+                    rest -= level * disk * inside * (slope - 1)
+                    square = level * level
+                    error[s, 0] += square * (rest * rest - plain) / (plain * plain)
+                    error[s, 1] += square * square / (plain * plain)
+                    error[s, 2] += 1
+
+
+def noise_of(model: Model, sample: Sample) -> Model:
+    """The priors of a model: how backgrounds, gradients and places of disks spread beyond what counting explains."""
+    frames = frames_of(sample)
+    count = len(model.sites)
+    loose = replace(model, priors=np.tile([0.01**2, 0.5**2, 0.0, 0.0, 0.0], (count, 1)))
+    out, noted = cpu_lattice.details(loose.fit(), frames, sample.positions)
+    error = _sums_of(loose, sample)[2]
+    priors = np.zeros((count, 5))
+    fitted = np.isfinite(out[:, 0])
+    for site in range(count):
+        grain = int(np.searchsorted(model.first, site, "right")) - 1
+        rows = noted[fitted & (out[:, 13] == grain), site]
+        rows = rows[rows[:, cpu_lattice.INFORMATION] > 0]
+        priors[site] = _spread(rows)
+    priors[:, 0] = np.clip(error[:, 0] / np.maximum(error[:, 1], 1e-30), 0.002**2, 0.3**2)
+    priors[:, 4] = _offsets(noted[fitted])
+    return replace(model, priors=priors)
+
+
+def _spread(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Gradient variance, background and its precision, from what was noted of one disk over the sample."""
+    if len(rows) < 4:
+        return np.array([0.0, 0.1**2, 0.0, 0.0, 0.0])
+    slopes, variance = rows[:, 8:10], rows[:, 10:11]
+    usable = np.isfinite(variance[:, 0])
+    gradient = 0.02**2
+    if usable.any():
+        weight = 1 / (variance[usable] + 0.02) ** 2
+        excess = (weight * (np.minimum(slopes[usable] ** 2, 9.0) - variance[usable])).sum() / (2 * weight.sum())
+        gradient = float(np.clip(excess, 0.01**2, 1.0))
+    ground, ground_variance = rows[:, 1], np.where(np.isfinite(rows[:, 12]), rows[:, 12], np.nanmax(rows[:, 12]))
+    level = float(np.median(ground))
+    mean = float(ground.mean())
+    excess = max(float(ground.var()) - float(ground_variance.mean()), 0.0) + (0.05 * mean) ** 2 + 1e-8
+    del level
+    return np.array([0.0, gradient, mean, 1 / excess, 0.0])
+
+
+def _offsets(noted: NDArray[np.float64]) -> float:
+    """Variance of a disk's place off its lattice, in px^2, beyond what counting explains."""
+    a, b, c = noted[..., 2], noted[..., 3], noted[..., 4]
+    area = a * c - b * b
+    known = area > 1e-9 * np.maximum(a * c, 1e-30)
+    if not known.any():
+        return 0.0
+    variance = (0.5 * (a + c)[known] / area[known]).clip(1e-12)
+    excess = (np.minimum(noted[..., 13][known], 25.0) / 2 - 1) * variance
+    weight = 1 / (variance + 1e-4) ** 2
+    return float(np.clip((weight * excess).sum() / weight.sum(), 0.0, 0.25))
+
+
+def frames_of(sample: Sample) -> Frames:
+    """A sample's frames as the backend takes them."""
+    count, height, width = sample.frames.shape
+    starts = np.arange(count, dtype=np.int64) * (height * width)
+    return Frames(np.ascontiguousarray(sample.frames).reshape(-1), starts, (height, width))
+
+
