@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gpuem.analyses import Map
+    from gpuem.analyses.bragg import Bragg
     from gpuem.analyses.com import CenterOfMass
+    from gpuem.analyses.strain import Strain
     from gpuem.analyses.sums import Sum
     from gpuem.analyses.virtual import VirtualDetector
     from gpuem.dataset import Dataset, open  # noqa: A004
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from gpuem.results import Results, load_results
 
 _WHERE = {
+    "Bragg": "analyses.bragg",
     "CenterOfMass": "analyses.com",
     "DataError": "errors",
     "Dataset": "dataset",
@@ -42,6 +45,7 @@ _WHERE = {
     "PlanError": "errors",
     "RecipeError": "errors",
     "Results": "results",
+    "Strain": "analyses.strain",
     "Sum": "analyses.sums",
     "TruncatedError": "errors",
     "VirtualDetector": "analyses.virtual",
@@ -52,6 +56,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "Bragg",
     "CenterOfMass",
     "DataError",
     "Dataset",
@@ -63,6 +68,7 @@ __all__ = [
     "PlanError",
     "RecipeError",
     "Results",
+    "Strain",
     "Sum",
     "TruncatedError",
     "VirtualDetector",

@@ -9,19 +9,21 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
+from gpuem.analyses.bragg import Bragg
 from gpuem.analyses.com import CenterOfMass
+from gpuem.analyses.strain import Strain
 from gpuem.analyses.sums import Sum
 from gpuem.analyses.virtual import VirtualDetector
 from gpuem.errors import RecipeError
 
 # the one list of all kinds: what a recipe may say, and what is said of it where it says something else
-AnyAnalysis = Annotated[Sum | VirtualDetector | CenterOfMass, Field(discriminator="kind")]
+AnyAnalysis = Annotated[Sum | VirtualDetector | CenterOfMass | Strain | Bragg, Field(discriminator="kind")]
 KINDS: dict[str, type[BaseModel]] = {
     str(model.model_fields["kind"].default): model for model in get_args(get_args(AnyAnalysis)[0])
 }
 
 # names that have a meaning of their own in a result
-RESERVED = ("valid", "zarr.json", "scan_y", "scan_x", "detector_y", "detector_x", "term", "component")
+RESERVED = ("valid", "zarr.json", "scan_y", "scan_x", "detector_y", "detector_x", "term", "component", "peak")
 
 
 class _Section(BaseModel):

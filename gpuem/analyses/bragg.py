@@ -88,9 +88,10 @@ class Bragg(Model):
         """With the radius and the edge of the disks as they are in the sample, where nothing was given."""
         if self.radius is not None or self.probe is not None:
             return self
-        from gpuem.analyses.probe import find_probe  # type: ignore[import-not-found, unused-ignore]
+        from gpuem.analyses.probe_finding import find_probe
 
-        found = find_probe(sample.frames.mean(axis=0, dtype=np.float64))
+        mean = sample.frames.mean(axis=0, dtype=np.float64)
+        found = find_probe(mean, np.isfinite(mean))
         return self.model_copy(update={"radius": float(found.radius), "edge": float(found.edge)})
 
     def weights(self, view: View) -> Weights:

@@ -17,7 +17,7 @@ from gpuem.analyses import Sample
 from gpuem.analyses.modes import number_of, zernike
 from gpuem.analyses.probe import Disk, Probe, blurred
 from gpuem.backends import Frames, cpu_lattice
-from gpuem.backends.lattice_fit import COARSE_PHASES, PHASES, LatticeFit, phases
+from gpuem.backends.lattice_fit import COARSE_PHASES, PHASES, LatticeFit, phases, window_pixels
 from gpuem.codecs.compiled import compiled
 
 # modes of a disk's inside, up to this order
@@ -76,26 +76,21 @@ class Model:
     def fit(self, *, minimum: int | None = None) -> LatticeFit:
         """The tables of the fit."""
         radius, edge = self.probe.radius, max(self.probe.edge, 1.0)
-        half = int(np.ceil(radius + 0.5 * edge + 2.0))
-        wide = int(np.ceil(radius + max(4.0, 0.5 * radius)))
-        n, count = 2 * half + 2, len(self.sites)
-        image = self.probe.image(half)
-        soft = blurred(_bordered(self.probe.image(wide)), radius / 3 * PHASES)
+        near, wide = radius + 0.5 * edge + 1.5, radius + max(3.5, 0.5 * radius)
+        pixels, coarse_pixels = window_pixels(near), window_pixels(wide)
+        soft = blurred(self.probe.image(int(coarse_pixels.max())), radius / 3 * PHASES)
         step = PHASES // COARSE_PHASES
-        shading = np.ones((count, n * n + n + 2))
-        if self.insides.shape[1] > 1:
-            grid = (np.arange(n) - half) / (radius + 0.5 * edge)
-            modes = zernike(*np.meshgrid(grid, grid, indexing="ij"), order_of(self.insides.shape[1]))
-            # one row and one pixel ahead: interpolation looks back
-            shading[:, n + 1 : n + 1 + n * n] = np.maximum(np.tensordot(self.insides, modes, 1), 0.0).reshape(count, -1)
+        # the middle of an image lies on a coarse sample: its half is a multiple of the step
         longest = 0.15 * self.spacing
         numbers = (self.gain, self.read**2, self.saturation, radius, minimum or self.minimum, 0.1, longest**-2.0)
         return LatticeFit(
-            phases(image, PHASES, half),
-            phases(soft[::step, ::step], COARSE_PHASES, wide),
-            shading.astype(np.float32),
-            self._alone(half),
-            self._alone(wide),
+            phases(self.probe.image(int(pixels.max())), PHASES, pixels),
+            phases(soft[::step, ::step], COARSE_PHASES, coarse_pixels),
+            pixels,
+            coarse_pixels,
+            self._alone(pixels),
+            self._alone(coarse_pixels),
+            self._shading(pixels),
             self.sites,
             self.first,
             self.priors,
@@ -107,24 +102,31 @@ class Model:
             self.scan_width,
         )
 
-    def _alone(self, half: int) -> NDArray[np.float32]:
+    def _alone(self, pixels: NDArray[np.int32]) -> NDArray[np.float32]:
         """Where a disk's window holds no other disk: there alone the sum of two disks is known not to matter."""
-        grid = np.arange(2 * half + 2) - half - 0.5
-        keep = np.ones((grid.size, grid.size), np.bool_)
+        y, x = pixels - 0.5
+        keep = np.ones(y.size, np.bool_)
         reach = self.probe.radius + 0.5 * max(self.probe.edge, 1.0) + 1.0
         for lattice in self.lattices:
-            a, b = lattice[2:4], lattice[4:6]
-            for h in range(-2, 3):
-                for k in range(-2, 3):
-                    if h or k:
-                        y, x = h * a + k * b
-                        keep &= np.hypot(grid[:, None] - y, grid - x) > reach
-        return keep.reshape(-1).astype(np.float32)
+            for h, k in np.ndindex(5, 5):
+                if (h, k) != (2, 2):
+                    other = (h - 2) * lattice[2:4] + (k - 2) * lattice[4:6]
+                    keep &= np.hypot(y - other[0], x - other[1]) > reach
+        # what only fills up lies where the middle has been before
+        middle = np.flatnonzero((pixels == 0).all(axis=0))
+        keep[middle[1:]] = False
+        return keep.astype(np.float32)
 
-
-def _bordered(image: NDArray[np.float64]) -> NDArray[np.float64]:
-    """An image whose size suits coarse phases: (size - 1) / 2 is a multiple of the step."""
-    return image
+    def _shading(self, pixels: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Every disk's inside at the window's pixels, and a pixel before them."""
+        out = np.ones((len(self.sites), 4, pixels.shape[1]), np.float32)
+        modes = self.insides.shape[1]
+        if modes > 1:
+            scale = self.probe.radius + 0.5 * max(self.probe.edge, 1.0)
+            for k, back in enumerate(((1, 1), (1, 0), (0, 1), (0, 0))):
+                y, x = (pixels - np.array(back)[:, None]) / scale
+                out[:, k] = np.maximum(self.insides @ zernike(y, x, order_of(modes)), 0.0)
+        return out
 
 
 def _shortest(lattice: NDArray[np.float64]) -> float:
@@ -190,7 +192,7 @@ def _sums_of(model: Model, sample: Sample) -> tuple[Any, Any, Any, float]:
     out, noted = cpu_lattice.details(fit, frames, sample.positions)
     modes = model.insides.shape[1]
     count = len(model.sites)
-    half = int(np.sqrt(fit.probe.shape[1])) // 2 - 1
+    half = int(fit.pixels.max())
     images = _derivatives(model.probe, half)
     grid = (np.arange(images.shape[1]) - images.shape[1] // 2) / PHASES / (model.probe.radius + 0.5 * max(model.probe.edge, 1.0))
     basis = zernike(*np.meshgrid(grid, grid, indexing="ij"), order_of(modes)).astype(np.float32)
@@ -199,7 +201,7 @@ def _sums_of(model: Model, sample: Sample) -> tuple[Any, Any, Any, float]:
     noise = np.array([model.gain, model.read**2, model.saturation, model.probe.radius])
     _accumulate(
         (frames.pixels, frames.starts, frames.shape), out, noted, (model.sites, model.first),
-        (images.astype(np.float32), basis, model.insides, half, fit.window, fit.good), noise, (normal, right, error),
+        (images.astype(np.float32), basis, model.insides, fit.pixels, fit.window, fit.good), noise, (normal, right, error),
     )  # fmt: skip
     good = np.isfinite(out[:, 0])
     misfit = float(np.median(out[good, 10])) if good.any() else np.inf
@@ -253,11 +255,10 @@ def _accumulate(frames: Any, out: Any, noted: Any, model: Any, probe: Any, noise
     """Normal equations of a sample's residuals: modes of every disk, radius and edge; see `learn`."""
     pixels, starts, shape = frames
     sites, first = model
-    images, basis, insides, half, window, good = probe
+    images, basis, insides, places, window, good = probe
     normal, right, error = sums
     modes = insides.shape[1]
     middle = images.shape[1] // 2
-    size = 2 * half + 2
     column = np.empty(modes + 2)
     for f in range(starts.size):
         if not np.isfinite(out[f, 0]):
@@ -269,11 +270,11 @@ def _accumulate(frames: Any, out: Any, noted: Any, model: Any, probe: Any, noise
                 continue
             cy = out[f, 0] + sites[s, 0] * out[f, 2] + sites[s, 1] * out[f, 4]
             cx = out[f, 1] + sites[s, 0] * out[f, 3] + sites[s, 1] * out[f, 5]
-            top, left = int(np.floor(cy)) - half, int(np.floor(cx)) - half
-            for i in range(size):
-                for j in range(size):
-                    y, x = top + i, left + j
-                    if y < 0 or x < 0 or y >= shape[0] or x >= shape[1] or window[i * size + j] == 0:
+            top, left = int(np.floor(cy)), int(np.floor(cx))
+            for i in range(window.size):
+                if True:
+                    y, x = top + places[0, i], left + places[1, i]
+                    if y < 0 or x < 0 or y >= shape[0] or x >= shape[1] or window[i] == 0:
                         continue
                     value = pixels[starts[f] + y * shape[1] + x]
                     if value >= noise[2] or (good.size > 0 and good[y * shape[1] + x] == 0):

@@ -17,7 +17,7 @@ from gpuem.backends.lattice_fit import PHASES
 # how a disk ends: a linear ramp along the radius; or a sharp aperture averaged over square pixels, and blurred
 Rim = Literal["ramp", "pixel"]
 # samples along an edge of the finest image that is drawn
-_FINEST = 3400
+_FINEST = 1000
 
 
 @dataclass(frozen=True)

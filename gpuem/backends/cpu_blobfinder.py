@@ -9,12 +9,14 @@ whole pixels. For better positions use `cpu_guided`.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuem.backends import Frames
 from gpuem.codecs.compiled import compiled
 
 Pattern = Literal["circular", "radial gradient", "background subtraction"]
@@ -26,6 +28,45 @@ NEAR = 1.5
 BLOCK_NBYTES = 1 << 19
 
 helper: Any = numba.njit(nogil=True, boundscheck=False, error_model="numpy")
+
+
+@dataclass(frozen=True, eq=False)
+class BlobfinderFit:
+    """Correlation near expected disks and a lattice fit as libertem-blobfinder does them; on the processor only.
+
+    Parameters
+    ----------
+    start : (6,) float64
+        Centre, a and b as (y, x) in px.
+    sites : (m, 2) int64
+        Where disks are expected, in whole pixels (y, x).
+    image : (2c, 2c) float32
+        See `template`.
+    """
+
+    start: NDArray[np.float64]
+    sites: NDArray[np.int64]
+    image: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, start: NDArray[np.float64], indices: NDArray[np.float64], radius: float) -> BlobfinderFit:
+        """For a lattice and its reflections (h, k), with the radial gradient as the disk."""
+        places = start[:2] + indices @ start[2:].reshape(2, 2)
+        return cls(start, places.astype(np.int64), template("radial gradient", radius))
+
+    @property
+    def columns(self) -> int:
+        """Centre, a, b, the mean distance of the disks from their sites, and the number of disks."""
+        return 8
+
+
+def run(fit: BlobfinderFit, frames: Frames, positions: NDArray[np.int64], out: NDArray[np.float32]) -> None:
+    """Fit the lattice of every frame."""
+    found = np.empty((frames.starts.size, len(fit.sites), 6))
+    register(frames.pixels, frames.starts, frames.shape, fit.sites, fit.image, found)
+    lattices, used = fit_lattices(found, fit.start)
+    out[:, :7] = lattices
+    out[:, 7] = used.sum(axis=1)
 
 
 def template(

@@ -8,11 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuem.backends import Fit, Frames, cpu_correlate, cpu_guided
+from gpuem.backends import Fit, Frames, cpu_blobfinder, cpu_correlate, cpu_guided, cpu_lattice
+from gpuem.backends.cpu_blobfinder import BlobfinderFit
+from gpuem.backends.lattice_fit import LatticeFit
 from gpuem.backends.peaks import GuidedFit, PeakSearch
 
 # kind of a fit -> function(fit, frames, positions, out); a module that computes a kind enters it here
 KINDS: dict[type, Callable[[Any, Frames, NDArray[np.int64], NDArray[np.float32]], None]] = {
+    LatticeFit: cpu_lattice.run,
+    BlobfinderFit: cpu_blobfinder.run,
     PeakSearch: cpu_correlate.run,
     GuidedFit: cpu_guided.run,
 }

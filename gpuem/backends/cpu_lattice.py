@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuem.backends import Frames
-from gpuem.backends.lattice_fit import LatticeFit, window_size
+from gpuem.backends.lattice_fit import LatticeFit
 from gpuem.codecs.compiled import compiled
 
 # sums of floats may be reordered into vector lanes
@@ -51,12 +51,10 @@ def details(
 
 def _tables(fit: LatticeFit) -> tuple[Any, ...]:
     """The fit as the compiled function takes it."""
-    half, wide = (window_size(table) // 2 - 1 for table in (fit.probe, fit.coarse))
-    ramps = [np.mgrid[-h : h + 2, -h : h + 2].astype(np.float32).reshape(2, -1) for h in (wide, half)]
-    flat = np.ones((1, fit.coarse.shape[1] + 2 * wide + 4), np.float32)
+    flat = np.ones((1, 4, fit.coarse.shape[1]), np.float32)
     return (
-        (fit.coarse, flat, fit.coarse_window, ramps[0]),
-        (fit.probe, fit.modulation, fit.window, ramps[1]),
+        (fit.coarse, flat, fit.coarse_window, fit.coarse_pixels),
+        (fit.probe, fit.shading, fit.window, fit.pixels),
         (fit.sites, fit.first, fit.priors, fit.lattices, fit.drift, fit.scan_width),
         (fit.good, fit.axes, fit.numbers, fit.steps),
     )
@@ -81,6 +79,7 @@ def fit_frames(frames: Any, positions: Any, tables: Any, noted: Any, out: Any) -
     """
     pixels, starts, shape = frames
     coarse, sharp, model, rest = tables
+    wide, near = _ramps(coarse, shape[1]), _ramps(sharp, shape[1])
     sites, first, priors, lattices, drift, width = model
     largest = max(coarse[2].size, sharp[2].size)
     scratch = (np.empty((2, largest), np.float32), np.empty((6, 6)), np.empty(6), np.empty((6, 6)))
@@ -95,12 +94,22 @@ def fit_frames(frames: Any, positions: Any, tables: Any, noted: Any, out: Any) -
             theta[1] += drift[1, 0] * y + drift[1, 1] * x
             mine = slice(first[g], first[g + 1])
             of = (sites[mine], priors[mine], first[g])
-            explained = _fit((pixels, starts[frame], shape), theta, (coarse, sharp, of, rest), note[mine], scratch, row)
+            explained = _fit((pixels, starts[frame], shape), theta, (wide, near, of, rest), note[mine], scratch, row)
             row[13] = g
             if explained > most or g == 0:
                 most = explained
                 for k in range(row.size):
                     out[frame, k] = row[k]
+
+
+@helper  # type: ignore[untyped-decorator, unused-ignore]
+def _ramps(probe: Any, width: Any) -> Any:
+    """A probe's tables with the window's pixels as numbers to compute with, and as steps in memory."""
+    planes, shading, window, pixels = probe
+    steps = np.empty(pixels.shape[1], np.int64)
+    for i in range(steps.size):
+        steps[i] = pixels[0, i] * width + pixels[1, i]
+    return planes, shading, window, pixels, pixels.astype(np.float32), steps, pixels.max()
 
 
 @helper  # type: ignore[untyped-decorator, unused-ignore]
@@ -145,14 +154,11 @@ def _disks(
 ) -> Any:
     """Information and score of every disk's place, at the lattice `theta`; the reduced chi^2 of all windows."""
     shape = frame[2]
-    planes, modulation, window, ramps = probe
-    sites, priors, _ = of
+    planes, shading, window, places, ramps, steps, half = probe
+    sites, priors, site = of
     good, numbers = how
-    size = int(math.sqrt(planes.shape[1]) + 0.5)
     phases = int(math.sqrt(planes.shape[0]) + 0.5) - 1
-    half = size // 2 - 1
-    data = buffers[0][: size * size]
-    mask = buffers[1][: size * size]
+    data, mask = buffers[0][: window.size], buffers[1][: window.size]
     misfit, pixels_used = 0.0, 0.0
     for k in range(sites.shape[0]):
         note[k, INFORMATION : ROBUST + 1] = 0.0
@@ -162,7 +168,7 @@ def _disks(
         if not (-1 <= y <= shape[0] and -1 <= x <= shape[1]):
             continue
         top, left = int(math.floor(y)), int(math.floor(x))
-        whole = _cut_out(frame, (top - half, left - half, size), window, good, numbers[2], data, mask)
+        whole = _cut_out(frame, (top, left, half), (places, steps, window), good, numbers[2], data, mask)
         fine_y, fine_x = (y - top) * phases, (x - left) * phases
         at_y, at_x = min(int(fine_y), phases - 1), min(int(fine_x), phases - 1)
         plane = at_y * (phases + 1) + at_x
@@ -170,8 +176,8 @@ def _disks(
             data,
             window if whole else mask,
             (planes[plane], planes[plane + 1], planes[plane + phases + 1], planes[plane + phases + 2]),
-            modulation[k if modulation.shape[0] > 1 else 0],
-            (ramps[0], ramps[1], size),
+            shading[site + k if shading.shape[0] > 1 else 0],
+            ramps,
             (fine_y - at_y, fine_x - at_x, y - top, x - left, phases, 1.0 / numbers[3]),
             (note[k, INTENSITY], note[k, BACKGROUND], numbers[0], numbers[1], priors[k, 0], count == 0),
         )
@@ -183,29 +189,25 @@ def _disks(
 
 
 @helper  # type: ignore[untyped-decorator, unused-ignore]
-def _cut_out(frame: Any, box: Any, window: Any, good: Any, saturated: Any, data: Any, mask: Any) -> Any:
+def _cut_out(frame: Any, box: Any, at: Any, good: Any, saturated: Any, data: Any, mask: Any) -> Any:
     """Copy the pixels of a window, and which of them count; True where that is the window itself."""
     pixels, begin, shape = frame
-    top, left, size = box
-    inside = top >= 0 and left >= 0 and top + size <= shape[0] and left + size <= shape[1]
-    for i in range(size):
-        y = min(max(top + i, 0), shape[0] - 1)
-        row = begin + y * shape[1]
-        if inside:
-            for j in range(size):
-                data[i * size + j] = np.float32(pixels[row + left + j])
-        else:
-            for j in range(size):
-                data[i * size + j] = np.float32(pixels[row + min(max(left + j, 0), shape[1] - 1)])
-    if inside and good.size == 0 and saturated == np.inf:
-        return True
-    for i in range(size):
-        for j in range(size):
-            y, x = top + i, left + j
-            counts = 0 <= y < shape[0] and 0 <= x < shape[1] and data[i * size + j] < saturated
-            if counts and good.size:
-                counts = good[y * shape[1] + x] > 0
-            mask[i * size + j] = window[i * size + j] if counts else np.float32(0)
+    top, left, half = box
+    places, steps, window = at
+    # the window reaches as far before its middle as behind it
+    if top >= half and left >= half and top + half < shape[0] and left + half < shape[1]:
+        middle = begin + top * shape[1] + left
+        for i in range(window.size):
+            data[i] = np.float32(pixels[middle + steps[i]])
+        if good.size == 0 and saturated == np.inf:
+            return True
+    for i in range(window.size):
+        y, x = top + places[0, i], left + places[1, i]
+        counts = 0 <= y < shape[0] and 0 <= x < shape[1]
+        data[i] = np.float32(pixels[begin + y * shape[1] + x]) if counts else np.float32(0)
+        if counts and good.size:
+            counts = good[y * shape[1] + x] > 0
+        mask[i] = window[i] if counts and data[i] < saturated else np.float32(0)
     return False
 
 
@@ -217,7 +219,8 @@ def _sums(data: Any, mask: Any, planes: Any, shading: Any, ramps: Any, place: An
     """
     f = np.float32
     p00, p01, p10, p11 = planes
-    ramp_y, ramp_x, size = ramps
+    ramp_y, ramp_x = ramps[0], ramps[1]
+    both, before_y, before_x, here = shading[0], shading[1], shading[2], shading[3]
     # fractions of a phase, of a pixel; phases per pixel; one over the radius
     u, v, sub_y, sub_x = f(place[0]), f(place[1]), f(place[2]), f(place[3])
     phases, scale = f(place[4]), f(place[5])
@@ -238,7 +241,7 @@ def _sums(data: Any, mask: Any, planes: Any, shading: Any, ramps: Any, place: An
         # the disk moves one way, what lies under a fixed pixel the other
         disk_p = (lower - upper) * phases
         disk_q = ((b - a) + u * ((d - c) - (b - a))) * phases
-        e, g, h, k = shading[i], shading[i + 1], shading[i + size], shading[i + size + 1]
+        e, g, h, k = both[i], before_y[i], before_x[i], here[i]
         # the window's pixel lies sub_y, sub_x before the place of its factor
         near, far = g + sub_x * (e - g), k + sub_x * (h - k)
         factor = far + sub_y * (near - far)

@@ -41,15 +41,18 @@ class LatticeFit:
 
     Parameters
     ----------
-    probe : (17 * 17, n * n) float32
-        The probe in 17 x 17 phases: value at pixel (i, j) of a window whose pixel (n / 2 - 1, n / 2 - 1) holds the
-        disk's centre, shifted by phase / 16 px in y and x. 1 inside, 0 outside.
-    coarse : (5 * 5, m * m) float32
+    probe : (17 * 17, n) float32
+        The probe in 17 x 17 phases: its values at the pixels of a window, for a disk that lies phase / 16 px in y and x
+        off the centre of the window's middle pixel. 1 inside, 0 outside.
+    coarse : (5 * 5, m) float32
         The same, blurred, in quarters of a pixel.
-    modulation : (sites, n * n + n + 2) float32
-        What every disk's inside looks like: a factor on a grid of pixels around the disk's centre, and padding.
-    window, coarse_window : (n * n,), (m * m,) float32
-        1 where a pixel belongs to the disk alone, 0 where another disk of the lattice may reach.
+    pixels, coarse_pixels : (2, n), (2, m) int32
+        The pixels (y, x) of the windows, from the middle one; as many as a multiple of 16.
+    window, coarse_window : (n,), (m,) float32
+        1 where a pixel belongs to the disk alone, 0 where another disk of the lattice may reach, and for filling up.
+    shading : (sites, 4, n) float32
+        What every disk's inside looks like: a factor on a grid of pixels around the disk's centre, at the window's
+        pixels and at those one before them: in y and x, in y, in x, not at all.
     sites : (sites, 2) float64
         Reflections (h, k), those of the first lattice first.
     first : (lattices + 1,) int64
@@ -77,9 +80,11 @@ class LatticeFit:
 
     probe: NDArray[np.float32]
     coarse: NDArray[np.float32]
-    modulation: NDArray[np.float32]
+    pixels: NDArray[np.int32]
+    coarse_pixels: NDArray[np.int32]
     window: NDArray[np.float32]
     coarse_window: NDArray[np.float32]
+    shading: NDArray[np.float32]
     sites: NDArray[np.float64]
     first: NDArray[np.int64]
     priors: NDArray[np.float64]
@@ -97,30 +102,36 @@ class LatticeFit:
         return len(COLUMNS)
 
 
-def phases(image: NDArray[np.float64], oversampling: int, half: int) -> NDArray[np.float32]:
+def window_pixels(reach: float) -> NDArray[np.int32]:
+    """The pixels (2, n) of a round window from its middle, filled up to a multiple of 16 with the middle.
+
+    A disk's centre may lie up to a pixel further on in y and x.
+    """
+    half = math.ceil(reach) + 1
+    y, x = np.mgrid[-half : half + 1, -half : half + 1].reshape(2, -1)
+    inside = np.hypot(y - 0.5, x - 0.5) <= reach + 0.5
+    found = np.array([y[inside], x[inside]], np.int32)
+    return np.pad(found, ((0, 0), (0, -found.shape[1] % 16)))
+
+
+def phases(image: NDArray[np.float64], oversampling: int, pixels: NDArray[np.int32]) -> NDArray[np.float32]:
     """Cut an oversampled image of a probe into its phases on the pixel grid.
 
     Parameters
     ----------
     image : (s, s) float64
-        The probe, centred in the middle, `oversampling` samples per pixel; s >= 2 * oversampling * (half + 1) + 1.
+        The probe, centred in the middle, `oversampling` samples per pixel, reaching a pixel beyond the window.
     oversampling : int
         Samples per pixel.
-    half : int
-        Pixels from the disk's centre to the edge of a window.
+    pixels : (2, n) int32
+        The window.
 
     Returns
     -------
-    (phases + 1)^2, (2 * half + 2)^2 float32
-        Row (p, q) holds the pixels around a disk that lies p / oversampling, q / oversampling px off a pixel's centre.
+    ((oversampling + 1)^2, n) float32
+        Row (p, q) holds the window around a disk that lies p / oversampling, q / oversampling px off its middle.
     """
     middle = (image.shape[0] - 1) // 2
-    pixels = middle + (np.arange(2 * half + 2) - half) * oversampling
-    shifted = [pixels - phase for phase in range(oversampling + 1)]
-    planes = [image[np.ix_(y, x)].reshape(-1) for y in shifted for x in shifted]
-    return np.array(planes, np.float32)
-
-
-def window_size(table: NDArray[np.float32]) -> int:
-    """Pixels along an edge of the windows of a table of phases."""
-    return math.isqrt(table.shape[1])
+    y, x = middle + pixels * oversampling
+    steps = range(oversampling + 1)
+    return np.array([image[y - p, x - q] for p in steps for q in steps], np.float32)
