@@ -274,7 +274,8 @@ def _spans(index: Array) -> bool:
     """Whether sites lie in more than one direction."""
     if len(index) < 2:
         return False
-    return bool(np.any(np.abs(np.cross(index[:, None], index[None])) > 0))
+    h, k = index.T
+    return bool(np.any(h[:, None] * k != k[:, None] * h))
 
 
 def _filled(peaks: Array, index: Array, on: NDArray[np.bool_], w: Array) -> float:
@@ -286,19 +287,23 @@ def _filled(peaks: Array, index: Array, on: NDArray[np.bool_], w: Array) -> floa
     table = np.zeros((2 * most + 1, 2 * most + 1))
     np.add.at(table, (h[inside] + most, k[inside] + most), value[inside])
     table /= len(peaks)
+    hits = np.zeros_like(table)
+    np.add.at(hits, (h[inside] + most, k[inside] + most), 1.0)
+    # chance hits don't say how far the reflections reach
+    seen = hits >= 0.3 * len(peaks)
     cells = np.stack(np.meshgrid(*[np.arange(-most, most + 1)] * 2, indexing="ij"), axis=-1)
-    return _occupied(table, cells, index, on, peaks)
+    return _occupied(table, seen, cells, (index[on], peaks[..., :2][on]))
 
 
-def _occupied(table: Array, cells: NDArray[Any], index: Array, on: NDArray[np.bool_], peaks: Array) -> float:
+def _occupied(table: Array, hit: NDArray[np.bool_], cells: NDArray[Any], peaks: tuple[Array, Array]) -> float:
+    """Mean over sites of their brightness, where it's less than usual at their distance, else 1."""
     # distances in px, by the metric that the peaks themselves have
-    flat = index[on]
-    places = peaks[..., :2][on]
+    flat, places = peaks
     design = np.column_stack([np.ones(len(flat)), flat])
     solved = np.linalg.lstsq(design, places, rcond=None)[0]
     q = np.hypot(*np.moveaxis(cells @ solved[1:], -1, 0)).ravel()
     t = table.ravel()
-    seen = t > 0
+    seen = hit.ravel()
     far = np.quantile(q[seen], 0.9) if seen.any() else 0.0
     # sites as far as peaks reach, on the detector as far as peaks show it
     spots = (cells @ solved[1:] + solved[0]).reshape(-1, 2)
