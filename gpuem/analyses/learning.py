@@ -7,6 +7,8 @@ the spread of what was a nuisance becomes its prior.
 
 from __future__ import annotations
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,9 +27,9 @@ ORDER = 4
 # how much a disk's inside may vary, relative: the prior of every mode
 SPREAD = 0.3
 # rim and insides are improved so often
-ROUNDS = 4
+ROUNDS = 3
 # frames that are enough for rim and insides
-FRAMES = 128
+FRAMES = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +71,11 @@ class Model:
     priors: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 5)))
 
     @property
+    def rim(self) -> float:
+        """Where a disk surely ends, in px."""
+        return self.probe.radius + 0.5 * max(self.probe.edge, 1.0)
+
+    @property
     def spacing(self) -> float:
         """Smallest distance of two disks, in px."""
         return float(min(_shortest(lattice) for lattice in self.lattices))
@@ -78,14 +85,12 @@ class Model:
         radius, edge = self.probe.radius, max(self.probe.edge, 1.0)
         near, wide = radius + 0.5 * edge + 1.5, radius + max(3.5, 0.5 * radius)
         pixels, coarse_pixels = window_pixels(near), window_pixels(wide)
-        soft = blurred(self.probe.image(int(coarse_pixels.max())), radius / 3 * PHASES)
-        step = PHASES // COARSE_PHASES
-        # the middle of an image lies on a coarse sample: its half is a multiple of the step
+        soft = blurred(self.probe.image(int(coarse_pixels.max()), COARSE_PHASES), radius / 3 * COARSE_PHASES)
         longest = 0.15 * self.spacing
         numbers = (self.gain, self.read**2, self.saturation, radius, minimum or self.minimum, 0.1, longest**-2.0)
         return LatticeFit(
             phases(self.probe.image(int(pixels.max())), PHASES, pixels),
-            phases(soft[::step, ::step], COARSE_PHASES, coarse_pixels),
+            phases(soft, COARSE_PHASES, coarse_pixels),
             pixels,
             coarse_pixels,
             self._alone(pixels),
@@ -106,7 +111,7 @@ class Model:
         """Where a disk's window holds no other disk: there alone the sum of two disks is known not to matter."""
         y, x = pixels - 0.5
         keep = np.ones(y.size, np.bool_)
-        reach = self.probe.radius + 0.5 * max(self.probe.edge, 1.0) + 1.0
+        reach = self.rim + 1.0
         for lattice in self.lattices:
             for h, k in np.ndindex(5, 5):
                 if (h, k) != (2, 2):
@@ -122,9 +127,8 @@ class Model:
         out = np.ones((len(self.sites), 4, pixels.shape[1]), np.float32)
         modes = self.insides.shape[1]
         if modes > 1:
-            scale = self.probe.radius + 0.5 * max(self.probe.edge, 1.0)
             for k, back in enumerate(((1, 1), (1, 0), (0, 1), (0, 0))):
-                y, x = (pixels - np.array(back)[:, None]) / scale
+                y, x = (pixels - np.array(back)[:, None]) / self.rim
                 out[:, k] = np.maximum(self.insides @ zernike(y, x, order_of(modes)), 0.0)
         return out
 
@@ -157,52 +161,60 @@ def learn(model: Model, sample: Sample, *, rim: bool = True, insides: bool = Tru
         The model with the smaller misfit of the two kinds of rim, with the noise that was found.
     """
     count = len(model.sites)
-    modes = number_of(ORDER if insides else 0)
-    flat = np.zeros((count, modes))
-    flat[:, 0] = 1.0
-    start = replace(model, insides=flat, priors=np.tile([0.05**2, 0.2**2, 0.0, 0.0, 0.0], (count, 1)))
+    start = replace(
+        model, insides=np.ones((count, 1)), priors=np.tile([0.05**2, 0.2**2, 0.0, 0.0, 0.0], (count, 1))
+    )
     some = np.linspace(0, len(sample.frames) - 1, min(len(sample.frames), FRAMES)).round().astype(int)
     few = Sample(sample.frames[some], sample.positions[some])
-    kinds: list[Model] = []
+    # all disks share their rim
+    fewer = Sample(few.frames[::2], few.positions[::2])
     if rim and isinstance(model.probe, Disk):
         sharp = replace(model.probe, rim="pixel", edge=0.3 * max(model.probe.edge - 1.0, 0.0))
         kinds = [replace(start, probe=replace(model.probe, edge=max(model.probe.edge, 0.5))), replace(start, probe=sharp)]
-    else:
-        kinds = [start]
-    found = [_improved(kind, few, rim=len(kinds) > 1, insides=insides) for kind in kinds]
-    best = min(found, key=lambda item: item[1])[0]
-    return noise_of(best, sample)
+        with ThreadPoolExecutor(len(kinds)) as pool:
+            tried = list(pool.map(lambda kind: _improved(kind, fewer, ROUNDS), kinds))
+        start = min(tried, key=lambda item: item[1])[0]
+    if insides:
+        flat = np.zeros((count, number_of(ORDER)))
+        flat[:, 0] = 1.0
+        start = _improved(replace(start, insides=flat), few, ROUNDS, rim=rim)[0]
+    return noise_of(start, few)
 
 
-def _improved(model: Model, sample: Sample, *, rim: bool, insides: bool) -> tuple[Model, float]:
-    """A few rounds of fitting the lattice and improving the disks; the misfit at the end."""
+def _improved(model: Model, sample: Sample, rounds: int, *, rim: bool = True) -> tuple[Model, float]:
+    """A few rounds of fitting the lattice and improving the disks; the model, and the misfit before the last one."""
     misfit = np.inf
-    for turn in range(ROUNDS + 1):
-        sums = _sums_of(model, sample)
-        misfit = sums[3]
-        if turn < ROUNDS and (rim or insides):
-            model = _step(model, sums[0], sums[1], rim=rim, insides=insides)
+    for _ in range(rounds):
+        normal, right, _, misfit = _sums_of(model, sample)
+        model = _step(model, normal, right, rim=rim)
     return model, misfit
 
 
-def _sums_of(model: Model, sample: Sample) -> tuple[Any, Any, Any, float]:
+def _sums_of(model: Model, sample: Sample, fitted: Any = None) -> tuple[Any, Any, Any, float]:
     """Fit the sample; normal equations of modes and rim per site, sums for the model error, and the misfit."""
     fit = model.fit()
     frames = frames_of(sample)
-    out, noted = cpu_lattice.details(fit, frames, sample.positions)
+    out, noted = fitted or cpu_lattice.details(fit, frames, sample.positions)
     modes = model.insides.shape[1]
     count = len(model.sites)
     half = int(fit.pixels.max())
     images = _derivatives(model.probe, half)
-    grid = (np.arange(images.shape[1]) - images.shape[1] // 2) / PHASES / (model.probe.radius + 0.5 * max(model.probe.edge, 1.0))
-    basis = zernike(*np.meshgrid(grid, grid, indexing="ij"), order_of(modes)).astype(np.float32)
+    grid = np.arange(-COARSE_PHASES * (half + 1), COARSE_PHASES * (half + 1) + 1) / COARSE_PHASES / model.rim
+    # one pixel's modes lie together in memory, and so do the images
+    basis = np.moveaxis(zernike(*np.meshgrid(grid, grid, indexing="ij"), order_of(modes)), 0, -1)
+    images = np.moveaxis(images, 0, -1)
     normal, right = np.zeros((count, modes + 2, modes + 2)), np.zeros((count, modes + 2))
     error = np.zeros((count, 3))
+    if fitted is not None:
+        # the model error alone is wanted
+        normal, right = normal[:, :0], right[:, :0]
     noise = np.array([model.gain, model.read**2, model.saturation, model.probe.radius])
     _accumulate(
         (frames.pixels, frames.starts, frames.shape), out, noted, (model.sites, model.first),
-        (images.astype(np.float32), basis, model.insides, fit.pixels, fit.window, fit.good), noise, (normal, right, error),
+        (np.ascontiguousarray(images, np.float32), np.ascontiguousarray(basis, np.float32), model.insides, fit.pixels, fit.window, fit.good), noise, (normal, right, error),
     )  # fmt: skip
+    if fitted is None:
+        normal += np.tril(normal, -1).swapaxes(1, 2)
     good = np.isfinite(out[:, 0])
     misfit = float(np.median(out[good, 10])) if good.any() else np.inf
     return normal, right, error, misfit
@@ -220,7 +232,7 @@ def _derivatives(probe: Probe, half: int) -> NDArray[np.float64]:
     return np.array([image, wider / (2 * step), softer / (probe.edge + step - low)])
 
 
-def _step(model: Model, normal: Any, right: Any, *, rim: bool, insides: bool) -> Model:
+def _step(model: Model, normal: Any, right: Any, *, rim: bool) -> Model:
     """One step of least squares: modes per site, shrunk, and the rim they share."""
     modes = model.insides.shape[1]
     prior = np.full(modes, SPREAD**-2.0)
@@ -231,8 +243,6 @@ def _step(model: Model, normal: Any, right: Any, *, rim: bool, insides: bool) ->
     local = normal[:, :modes, :modes] + np.diag(prior)
     score = right[:, :modes] - prior * (model.insides - flat)
     cross = normal[:, :modes, modes:]
-    if not insides:
-        cross = np.zeros_like(cross)
     solved, own = np.linalg.solve(local, cross), np.linalg.solve(local, score[..., None])[..., 0]
     shared = (normal[:, modes:, modes:] - np.einsum("sji,sjk->sik", cross, solved)).sum(axis=0)
     pull = (right[:, modes:] - np.einsum("sji,sj->si", cross, own)).sum(axis=0)
@@ -245,12 +255,12 @@ def _step(model: Model, normal: Any, right: Any, *, rim: bool, insides: bool) ->
     probe = model.probe
     if isinstance(probe, Disk):
         probe = replace(probe, radius=probe.radius + change[0], edge=max(probe.edge + change[1], lowest))
-    coefficients = model.insides + (own - solved @ change if insides else 0.0)
+    coefficients = model.insides + own - solved @ change
     coefficients[:, 0] = 1.0
     return replace(model, probe=probe, insides=coefficients)
 
 
-@compiled
+@functools.partial(compiled, fastmath={"reassoc", "nsz", "contract"})
 def _accumulate(frames: Any, out: Any, noted: Any, model: Any, probe: Any, noise: Any, sums: Any) -> None:
     """Normal equations of a sample's residuals: modes of every disk, radius and edge; see `learn`."""
     pixels, starts, shape = frames
@@ -258,7 +268,7 @@ def _accumulate(frames: Any, out: Any, noted: Any, model: Any, probe: Any, noise
     images, basis, insides, places, window, good = probe
     normal, right, error = sums
     modes = insides.shape[1]
-    middle = images.shape[1] // 2
+    middle, coarse = images.shape[1] // 2, basis.shape[1] // 2
     column = np.empty(modes + 2)
     for f in range(starts.size):
         if not np.isfinite(out[f, 0]):
@@ -283,24 +293,26 @@ def _accumulate(frames: Any, out: Any, noted: Any, model: Any, probe: Any, noise
                     if at_y < 0 or at_x < 0 or at_y >= 2 * middle or at_x >= 2 * middle:
                         continue
                     m, n = int(at_y + 0.5), int(at_x + 0.5)
+                    mode = basis[int((y - cy) * 4 + coarse + 0.5), int((x - cx) * 4 + coarse + 0.5)]
+                    image = images[m, n]
                     inside = 0.0
                     for c in range(modes):
-                        inside += insides[s, c] * basis[c, m, n]
-                    disk = images[0, m, n]
+                        inside += insides[s, c] * mode[c]
+                    disk = image[0]
                     slope = 1 + (noted[f, s, 8] * (y - cy) + noted[f, s, 9] * (x - cx)) / noise[3]
                     mu = ground + level * disk * inside
                     plain = noise[0] * max(mu, 0.0) + noise[1]
                     w = 1 / (plain + (0.03 * level) ** 2)
                     rest = value - mu
-                    for c in range(modes):
-                        column[c] = level * disk * basis[c, m, n]
-                    column[modes] = level * inside * images[1, m, n]
-                    column[modes + 1] = level * inside * images[2, m, n]
-                    for c in range(modes + 2):
-                        right[s, c] += w * column[c] * rest
+                    for c in range(modes if right.shape[1] else 0):
+                        column[c] = level * disk * mode[c]
+                    column[modes] = level * inside * image[1]
+                    column[modes + 1] = level * inside * image[2]
+                    for c in range(right.shape[1]):
+                        weighted = w * column[c]
+                        right[s, c] += weighted * rest
                         for d in range(c + 1):
-                            normal[s, c, d] += w * column[c] * column[d]
-                            normal[s, d, c] = normal[s, c, d]
+                            normal[s, c, d] += weighted * column[d]
                     rest -= level * disk * inside * (slope - 1)
                     square = level * level
                     error[s, 0] += square * (rest * rest - plain) / (plain * plain)
@@ -314,7 +326,7 @@ def noise_of(model: Model, sample: Sample) -> Model:
     count = len(model.sites)
     loose = replace(model, priors=np.tile([0.01**2, 0.5**2, 0.0, 0.0, 0.0], (count, 1)))
     out, noted = cpu_lattice.details(loose.fit(), frames, sample.positions)
-    error = _sums_of(loose, sample)[2]
+    error = _sums_of(loose, sample, fitted=(out, noted))[2]
     priors = np.zeros((count, 5))
     fitted = np.isfinite(out[:, 0])
     for site in range(count):

@@ -16,9 +16,6 @@ from gpuem.backends.lattice_fit import PHASES
 
 # how a disk ends: a linear ramp along the radius; or a sharp aperture averaged over square pixels, and blurred
 Rim = Literal["ramp", "pixel"]
-# samples along an edge of the finest image that is drawn
-_FINEST = 1000
-
 
 @dataclass(frozen=True)
 class Disk:
@@ -42,23 +39,21 @@ class Disk:
     ratio: float = 1.0
     angle: float = 0.0
 
-    def image(self, half: int) -> NDArray[np.float64]:
+    def image(self, half: int, oversampling: int = PHASES) -> NDArray[np.float64]:
         """The probe for windows that reach `half` px from its centre."""
-        size = 2 * (half + 1) * PHASES + 1
-        fine = max(1, min(4, _FINEST // size))
-        offset = ((np.arange(fine) + 0.5) / fine - 0.5) / PHASES
-        grid = (np.arange(size) - size // 2) / PHASES
-        places = (grid[:, None] + offset).reshape(-1)
-        distance = self._distance(places)
+        size = 2 * (half + 1) * oversampling + 1
+        # a ramp is drawn well enough by its values, a step by the part of a sample that lies inside
+        fine = 1 if self.rim == "ramp" else 2
+        offset = ((np.arange(fine) + 0.5) / fine - 0.5) / oversampling
+        grid = (np.arange(size) - size // 2) / oversampling
+        distance = self._distance((grid[:, None] + offset).reshape(-1))
         if self.rim == "ramp":
-            width = max(self.edge, 1e-3)
-            drawn = np.clip((self.radius - distance) / width + 0.5, 0, 1)
-            return np.asarray(drawn.reshape(size, fine, size, fine).mean(axis=(1, 3)))
-        sharp = np.clip((self.radius - distance) * PHASES * fine + 0.5, 0, 1)
+            return np.asarray(np.clip((self.radius - distance) / max(self.edge, 1e-3) + 0.5, 0, 1))
+        sharp = np.clip((self.radius - distance) * oversampling * fine + 0.5, 0, 1)
         image = sharp.reshape(size, fine, size, fine).mean(axis=(1, 3))
-        box = np.ones(PHASES + 1)
+        box = np.ones(oversampling + 1)
         box[[0, -1]] = 0.5
-        return blurred(smoothed(image, box / box.sum()), self.edge * PHASES)
+        return blurred(smoothed(image, box / box.sum()), self.edge * oversampling)
 
     def _distance(self, places: NDArray[np.float64]) -> NDArray[np.float64]:
         """Distance from the centre, in units in which the rim lies at `radius`."""
@@ -90,10 +85,10 @@ class Picture:
     radius: float
     edge: float = 1.0
 
-    def image(self, half: int) -> NDArray[np.float64]:
+    def image(self, half: int, oversampling: int = PHASES) -> NDArray[np.float64]:
         """The probe for windows that reach `half` px from its centre, by cubic interpolation; 1 on average inside."""
-        size = 2 * (half + 1) * PHASES + 1
-        grid = (np.arange(size) - size // 2) / PHASES
+        size = 2 * (half + 1) * oversampling + 1
+        grid = (np.arange(size) - size // 2) / oversampling
         rows = _cubic(self.center[0] + grid, self.pixels.shape[0])
         columns = _cubic(self.center[1] + grid, self.pixels.shape[1])
         image = np.maximum(rows @ self.pixels @ columns.T, 0.0)
