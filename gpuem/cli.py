@@ -8,7 +8,6 @@ import logging
 import sys
 import time
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from gpuem.errors import GpuemError
+from gpuem.progress import Progress, duration, err, rate
 
 if TYPE_CHECKING:
+    from gpuem.analyses.strain_maps import StrainFit
     from gpuem.dataset import Dataset
     from gpuem.results import Results
 
@@ -26,10 +27,9 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Stream detector frames once and leave maps behind: virtual detectors, centre of mass.",
+    help="Stream detector frames once and leave maps behind: virtual detectors, centre of mass, strain.",
 )
 out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class _Console(logging.Handler):
@@ -74,11 +74,13 @@ def check(recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file."
     """Do everything `run` does before it streams the data: shards, bytes, memory, estimated time."""
     from gpuem import job, results
     from gpuem import recipe as recipes
+    from gpuem.analyses.strain_maps import StrainFit
 
     loaded, _ = recipes.load(recipe)
     ds = job.open_input(loaded)
-    _, prepared = job.begin(ds, loaded.analysis, loaded.run, loaded.input.roi)
+    analyses, prepared = job.begin(ds, loaded.analysis, loaded.run, loaded.input.roi)
     plan = prepared.plan
+    looked = any(isinstance(analysis, StrainFit) for analysis in analyses)
     _describe_data(ds)
     wanted = int(prepared.wanted.sum())
     out.print(f"scan positions   {wanted:,} of {ds.positions:,} wanted")
@@ -96,14 +98,64 @@ def check(recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file."
     out.print(f"to read          {stored * wanted / ds.positions / 1e9:,.3f} GB of files")
     slow, fast = ds.source.nbytes * wanted / ds.positions / 2e9, ds.source.nbytes * wanted / ds.positions / 2e8
     out.print(
-        f"estimated time   {_duration(slow)} from memory (2 GB/s per run) to {_duration(fast)} from a disk of 200 MB/s"
+        f"estimated time   {duration(slow)} from memory (2 GB/s per run) to {duration(fast)} from a disk of 200 MB/s"
     )
     out.print(f"result           {escape(str(loaded.output.path))}")
-    out.print("The recipe is good; nothing was computed.")
+    for analysis in analyses:
+        if isinstance(analysis, StrainFit):
+            _show_look(analysis, loaded.output.path)
+    out.print("The recipe is good; nothing was streamed." if looked else "The recipe is good; nothing was computed.")
     try:
         results.check_writable(loaded.output.path, overwrite=False)
     except GpuemError as error:
         out.print(f"But: {escape(str(error))}")
+
+
+def _show_look(found: StrainFit, output: Path) -> None:
+    """What was found in the sample: in words, and over the mean pattern as a picture."""
+    for line in found.picture.lines:
+        out.print(f"{found.name:<16} {escape(line)}")
+    target = output.with_name(f"{output.name.removesuffix('.zarr')}.{found.name}.look.png")
+    try:
+        from gpuem.plot_look import figure_of_look
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure_of_look(found).savefig(target, dpi=110)
+        out.print(f"picture          {escape(str(target))}")
+    except ImportError:
+        err.print(escape("no picture: matplotlib is not installed (pip install 'gpuem[plot]', or matplotlib itself)"))
+    except OSError as error:
+        err.print(f"no picture: {escape(str(error))}")
+
+
+@app.command()
+def selftest(
+    what: Annotated[str, typer.Argument(help="What to test: strain.")] = "strain",
+    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    quick: Annotated[bool, typer.Option(help="Plain patterns only.")] = False,
+) -> None:
+    """Measure synthetic patterns of known strain: error over the Cramer-Rao bound, and patterns per second, here."""
+    from rich.table import Table
+
+    from gpuem import selftest as tests
+    from gpuem.errors import RecipeError
+
+    if what != "strain" or device not in ("auto", "cuda", "cpu"):
+        raise RecipeError(f"selftest {what} --device {device}: there is strain, on auto, cuda or cpu")
+    cases = ("plain",) if quick else tuple(tests.CASES)
+    with err.status("synthetic patterns of set K") as status:
+        rows = tests.strain(
+            cases=cases,
+            device=device,  # type: ignore[arg-type]
+            progress=lambda row: status.update(f"{row.case}, {row.dose:g} electrons per pattern"),
+        )
+    table = Table(
+        *tests.COLUMNS, title="Strain of synthetic patterns, 256 x 256 pixels, 25 disks", title_justify="left"
+    )
+    for cells in tests.cells(rows):
+        table.add_row(*cells)
+    out.print(table)
+    out.print(tests.LEGEND)
 
 
 @app.command()
@@ -182,7 +234,7 @@ def _compile_kernels(asked: str) -> None:
     for cells in cuda_report.table(rows):
         table.add_row(*cells)
     out.print(table)
-    out.print(f"{len(rows):,} kernels compiled or found in {_duration(time.perf_counter() - began)}")
+    out.print(f"{len(rows):,} kernels compiled or found in {duration(time.perf_counter() - began)}")
 
 
 @app.command()
@@ -209,7 +261,7 @@ def _run(recipe: Path, overwrite: bool) -> tuple[Results, Path]:
     from gpuem import job
 
     try:
-        found, where = job.run_recipe(recipe, overwrite=overwrite, watch=_progress)
+        found, where = job.run_recipe(recipe, overwrite=overwrite, watch=Progress)
     except KeyboardInterrupt:
         err.print("stopped; nothing was written")
         raise typer.Exit(130) from None
@@ -235,44 +287,12 @@ def _previews(found: Results, where: Path) -> None:
         err.print(f"no pictures: {escape(str(error))}; the result itself is complete")
 
 
-class _progress:  # noqa: N801
-    """A bar with GB/s and time left on a terminal, nothing elsewhere."""
-
-    def __init__(self, ds: Dataset, frames: int) -> None:
-        for note in ds.notes:
-            err.print(f"note: {escape(note)}")
-        self.frame_nbytes, self.frames = ds.source.frame_nbytes, frames
-        self.bar: Any = None
-
-    def __enter__(self) -> Callable[[int], None]:
-        self.started = time.perf_counter()
-        if err.is_terminal:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = TextColumn("reading"), BarColumn(), TextColumn("{task.percentage:3.0f} %")
-            rate = TextColumn("{task.fields[rate]}")
-            self.bar = Progress(*columns, rate, TimeRemainingColumn(), console=err, transient=True)
-            self.task = self.bar.add_task("frames", total=self.frames, rate="")
-            self.bar.start()
-        return self.advance
-
-    def __exit__(self, *exc: object) -> None:
-        if self.bar:
-            self.bar.stop()
-
-    def advance(self, frames: int) -> None:
-        if self.bar:
-            self.bar.advance(self.task, frames)
-            done = self.bar.tasks[0].completed * self.frame_nbytes
-            self.bar.update(self.task, rate=_rate(done / max(time.perf_counter() - self.started, 1e-9)))
-
-
 def _report(found: Results, where: Path) -> None:
     facts = found.provenance
     frames, seconds = facts["frames"], facts["seconds"]["total"]
     out.print(
-        f"read             {frames['read']:,} frames, {facts['bytes'] / 1e9:.3f} GB in {_duration(seconds)} "
-        f"({_rate(facts['bytes'] / seconds)}) on {_device(facts)}"
+        f"read             {frames['read']:,} frames, {facts['bytes'] / 1e9:.3f} GB in {duration(seconds)} "
+        f"({rate(facts['bytes'] / seconds)}) on {_device(facts)}"
     )
     if frames["masked"]:
         out.print(f"masked           {frames['masked']:,} of {frames['wanted']:,} positions have no readable frame")
@@ -347,18 +367,6 @@ def _device(facts: dict[str, Any]) -> str:
 
 def _threads(count: int) -> str:
     return "1 thread" if count == 1 else f"{count} threads"
-
-
-def _rate(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.2f} GB/s" if nbytes > 1e9 else f"{nbytes / 1e6:.1f} MB/s"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 10:
-        return f"{seconds:.2f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def main() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuem.analyses import Map
+from gpuem.panels import beyond, empty_figure, hatch_unknown, scale_bar
+from gpuem.plot_strain import strain_figures
 from gpuem.results import Results
 
 if TYPE_CHECKING:
@@ -34,28 +35,33 @@ def save_previews(results: Results, folder: Path) -> list[Path]:
         old.unlink()
     written = []
     groups: dict[str, dict[str, Map]] = {}
+    strains = [name.removesuffix("/exx") for name in results.maps if name.endswith("/exx")]
+    for name in strains:
+        for suffix, figure in strain_figures(results.maps, name).items():
+            written.append(_save(figure, folder / f"{name}{suffix}.png"))
     for name, item in results.maps.items():
         group, _, last = name.rpartition("/")
+        if group in strains:
+            continue
         if item.data.ndim == 2 and item.data.size > 6 and name != "valid":
             groups.setdefault(group or name, {})[last or name] = item
     for group, maps in groups.items():
         kinds = [kind for kind in _SHOWN.values() if set(kind) & set(maps)]
         shown = {k: m for k, m in maps.items() if not kinds or k in kinds[0]}
-        path = folder / f"{group}.png"
-        figure_of(group, shown).savefig(path, dpi=100, pil_kwargs={"compress_level": 3})
-        written.append(path)
+        written.append(_save(figure_of(group, shown), folder / f"{group}.png"))
     return written
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=100, pil_kwargs={"compress_level": 3})
+    return path
 
 
 def figure_of(title: str, maps: dict[str, Map]) -> Figure:
     """A figure with one panel per map."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = min(2, len(maps))
     rows = -(-len(maps) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.7 * rows))
-    FigureCanvasAgg(figure)
+    figure = empty_figure(4.2 * columns, 3.7 * rows)
     for k, (name, item) in enumerate(maps.items()):
         # places are computed, not negotiated: an automatic layout draws everything several times
         left, bottom = (k % columns) / columns, 1 - (k // columns + 1) / rows
@@ -94,21 +100,19 @@ def draw(axes: Axes, bar: Axes, title: str, item: Map) -> None:
     else:
         options.update(vmin=low, vmax=high)
     image = axes.imshow(data, aspect=y.step / x.step, **options)
-    # positions without a frame: no colour of any map
-    axes.patch.set(facecolor="0.9", edgecolor="0.4", hatch="////", linewidth=0)
+    hatch_unknown(axes)
     axes.set_title(title, fontsize=10, y=1.01)  # a given height spares a search for a free one
     axes.set_xticks([])
     axes.set_yticks([])
     logarithmic = LogLocator(subs=(1, 2, 5)) if isinstance(options.get("norm"), LogNorm) else None
-    beyond = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
     drawn = data[np.isfinite(data)]
     lowest_drawn, highest_drawn = image.get_clim()
     outside = bool((drawn < (lowest_drawn or 0.0)).any()), bool((drawn > (highest_drawn or 0.0)).any())
-    axes.figure.colorbar(image, cax=bar, format="%.6g", ticks=logarithmic, extend=beyond[outside])
+    axes.figure.colorbar(image, cax=bar, format="%.6g", ticks=logarithmic, extend=beyond(*outside))
     bar.set_title(item.units, fontsize=8, y=1.02, loc="left")
     bar.tick_params(labelsize=7)
     bar.minorticks_off()
-    _scale_bar(axes, data.shape, x.step, x.unit)
+    scale_bar(axes, data.shape, x.step, x.unit)
 
 
 def _limits(data: NDArray[np.float64]) -> tuple[float, float]:
@@ -118,21 +122,3 @@ def _limits(data: NDArray[np.float64]) -> tuple[float, float]:
         return 0.0, 1.0
     low, high = (float(v) for v in np.percentile(known, (0.5, 99.5)))
     return (low, high) if high > low else (low - 0.5, low + 0.5)
-
-
-def _scale_bar(axes: Axes, shape: tuple[int, ...], step: float, unit: str) -> None:
-    """A bar of a round length near a fifth of the width, in a box that can be read on any colour."""
-    from matplotlib.patches import Rectangle
-
-    height, width = shape
-    target = width * step / 5
-    power = 10.0 ** math.floor(math.log10(target))
-    length = max(k * power for k in (1, 2, 5) if k * power <= target)
-    extent = length / step
-    left, bottom = 0.03 * width - 0.5, 0.97 * height - 0.5
-    box = (max(extent, 0.16 * width) + 0.04 * width, 0.13 * height)
-    axes.add_patch(Rectangle((left, bottom - box[1]), *box, facecolor="black", alpha=0.55, linewidth=0))
-    middle = left + box[0] / 2
-    axes.add_patch(Rectangle((middle - extent / 2, bottom - 0.04 * height), extent, 0.02 * height, facecolor="white"))
-    text = f"{length:g} {unit}"
-    axes.text(middle, bottom - 0.05 * height, text, color="white", fontsize=8, ha="center", va="bottom")

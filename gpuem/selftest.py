@@ -28,6 +28,10 @@ from gpuem.analyses import Analysis, deformation, reference_lattice
 from gpuem.errors import DataError, GpuemError
 from gpuem.results import Results
 
+LEGEND = (
+    "error: RMS of the four components of the lattice matrix, as strain; bound: Cramer and Rao's, for a fit that knows "
+    "everything but the lattice, the intensities and the background; pulls: spread of error / sigma, should be 1"
+)
 DOSES = (1e3, 1e4, 1e5, 1e6)
 """Electrons per pattern."""
 

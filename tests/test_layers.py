@@ -23,8 +23,10 @@ AFTER = [
     "synthetic",
     "job",
     "selftest",
-    "plot",
+    "panels",
     "plot_strain",
+    "plot_look",
+    "plot",
     "demo",
     "cli",
 ]
