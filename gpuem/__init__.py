@@ -1,4 +1,4 @@
-"""gpuem streams detector frames once, from storage through the processor, and leaves maps behind.
+"""gpuem streams detector frames once, from storage through a GPU or the processor, and leaves maps behind.
 
 >>> import gpuem
 >>> ds = gpuem.open("scan.mib", scan=(256, 256))                              # doctest: +SKIP

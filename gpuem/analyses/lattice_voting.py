@@ -118,7 +118,8 @@ def candidates(peaks: Array, least: float, blur: float) -> list[Array]:
     # so that strong pairs don't decide alone
     h = np.sqrt(np.maximum(strong[..., 2], 0))
     w = np.sqrt(h[:, :, None] * h[:, None, :]).reshape(len(strong), -1)
-    w = (w / np.nanmax(w, axis=1, keepdims=True)).ravel()
+    # frames without a peak have no vote
+    w = (w / np.maximum(np.nan_to_num(w).max(axis=1, keepdims=True), 1e-30)).ravel()
     use = np.isfinite(w) & (np.hypot(d[:, 0], d[:, 1]) > least)
     d, w = d[use], w[use]
     if not w.size:

@@ -1,25 +1,26 @@
 """What a sample of frames teaches about a lattice fit: the disk's rim, every reflection's inside, and the noise.
 
 The sample is fitted with what is known; then rim (radius, width) and insides (smooth modes per reflection, shrunk
-towards flat by what the counts allow) are improved by one step of least squares over all its pixels, and so again. Last,
-the spread of what was a nuisance becomes its prior.
+towards flat by what the counts allow) are improved by one step of least squares over all its pixels, and so again.
+Last, the spread of what was a nuisance becomes its prior.
 """
 
 from __future__ import annotations
 
 import functools
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpuem.analyses import Sample
-from gpuem.analyses.modes import number_of, zernike
-from gpuem.analyses.probe import Disk, Probe, blurred
+from gpuem.analyses.lattice_model import Model
+from gpuem.analyses.modes import number_of, order_of, zernike
+from gpuem.analyses.probe import Disk, Probe
 from gpuem.backends import Frames, cpu_lattice
-from gpuem.backends.lattice_fit import COARSE_PHASES, PHASES, LatticeFit, phases, window_pixels
+from gpuem.backends.lattice_fit import COARSE_PHASES
 from gpuem.codecs.compiled import compiled
 
 # modes of a disk's inside, up to this order
@@ -30,117 +31,6 @@ SPREAD = 0.3
 ROUNDS = 3
 # frames that are enough for rim and insides
 FRAMES = 64
-
-
-@dataclass(frozen=True, eq=False)
-class Model:
-    """All that a lattice fit is made of, in the terms of physics.
-
-    Parameters
-    ----------
-    probe : Disk or Picture
-        The direct beam's disk.
-    sites, first, lattices, drift, good, axes, scan_width
-        As in `gpuem.backends.lattice_fit.LatticeFit`.
-    shape : tuple of int
-        Detector shape.
-    gain, read, saturation : float
-        Counts per electron, read noise in counts, counts from which on a pixel is saturated.
-    minimum : int
-        Smallest number of disks.
-    insides : (sites, modes) float64
-        Zernike coefficients of every disk's inside.
-    priors : (sites, 5) float64
-        As in `LatticeFit`.
-    """
-
-    probe: Probe
-    sites: NDArray[np.float64]
-    first: NDArray[np.int64]
-    lattices: NDArray[np.float64]
-    drift: NDArray[np.float64]
-    good: NDArray[np.float32]
-    axes: NDArray[np.float64]
-    scan_width: int
-    shape: tuple[int, int]
-    gain: float = 1.0
-    read: float = 0.05
-    saturation: float = np.inf
-    minimum: int = 4
-    insides: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 1)))
-    priors: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 5)))
-
-    @property
-    def rim(self) -> float:
-        """Where a disk surely ends, in px."""
-        return self.probe.radius + 0.5 * max(self.probe.edge, 1.0)
-
-    @property
-    def spacing(self) -> float:
-        """Smallest distance of two disks, in px."""
-        return float(min(_shortest(lattice) for lattice in self.lattices))
-
-    def fit(self, *, minimum: int | None = None) -> LatticeFit:
-        """The tables of the fit."""
-        radius, edge = self.probe.radius, max(self.probe.edge, 1.0)
-        near, wide = radius + 0.5 * edge + 1.5, radius + max(3.5, 0.5 * radius)
-        pixels, coarse_pixels = window_pixels(near), window_pixels(wide)
-        soft = blurred(self.probe.image(int(coarse_pixels.max()), COARSE_PHASES), radius / 3 * COARSE_PHASES)
-        longest = 0.15 * self.spacing
-        numbers = (self.gain, self.read**2, self.saturation, radius, minimum or self.minimum, 0.1, longest**-2.0)
-        return LatticeFit(
-            phases(self.probe.image(int(pixels.max())), PHASES, pixels),
-            phases(soft, COARSE_PHASES, coarse_pixels),
-            pixels,
-            coarse_pixels,
-            self._alone(pixels),
-            self._alone(coarse_pixels),
-            self._shading(pixels),
-            self.sites,
-            self.first,
-            self.priors,
-            self.lattices,
-            self.drift,
-            self.good,
-            self.axes,
-            np.array(numbers, np.float64),
-            self.scan_width,
-        )
-
-    def _alone(self, pixels: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Where a disk's window holds no other disk: there alone the sum of two disks is known not to matter."""
-        y, x = pixels - 0.5
-        keep = np.ones(y.size, np.bool_)
-        reach = self.rim + 1.0
-        for lattice in self.lattices:
-            for h, k in np.ndindex(5, 5):
-                if (h, k) != (2, 2):
-                    other = (h - 2) * lattice[2:4] + (k - 2) * lattice[4:6]
-                    keep &= np.hypot(y - other[0], x - other[1]) > reach
-        # what only fills up lies where the middle has been before
-        middle = np.flatnonzero((pixels == 0).all(axis=0))
-        keep[middle[1:]] = False
-        return keep.astype(np.float32)
-
-    def _shading(self, pixels: NDArray[np.int32]) -> NDArray[np.float32]:
-        """Every disk's inside at the window's pixels, and a pixel before them."""
-        out = np.ones((len(self.sites), 4, pixels.shape[1]), np.float32)
-        modes = self.insides.shape[1]
-        if modes > 1:
-            for k, back in enumerate(((1, 1), (1, 0), (0, 1), (0, 0))):
-                y, x = (pixels - np.array(back)[:, None]) / self.rim
-                out[:, k] = np.maximum(self.insides @ zernike(y, x, order_of(modes)), 0.0)
-        return out
-
-
-def _shortest(lattice: NDArray[np.float64]) -> float:
-    a, b = lattice[2:4], lattice[4:6]
-    return float(min(np.hypot(*v) for v in (a, b, a + b, a - b)))
-
-
-def order_of(modes: int) -> int:
-    """The order up to which there are so many modes."""
-    return next(order for order in range(20) if number_of(order) == modes)
 
 
 def learn(model: Model, sample: Sample, *, rim: bool = True, insides: bool = True) -> Model:
@@ -162,7 +52,7 @@ def learn(model: Model, sample: Sample, *, rim: bool = True, insides: bool = Tru
     """
     count = len(model.sites)
     start = replace(
-        model, insides=np.ones((count, 1)), priors=np.tile([0.05**2, 0.2**2, 0.0, 0.0, 0.0], (count, 1))
+        model, insides=np.ones((count, 1)), priors=np.tile([0.05**2, 0.2**2, 0.0, 0.0, 0.0, 0.0], (count, 1))
     )
     some = np.linspace(0, len(sample.frames) - 1, min(len(sample.frames), FRAMES)).round().astype(int)
     few = Sample(sample.frames[some], sample.positions[some])
@@ -170,15 +60,38 @@ def learn(model: Model, sample: Sample, *, rim: bool = True, insides: bool = Tru
     fewer = Sample(few.frames[::2], few.positions[::2])
     if rim and isinstance(model.probe, Disk):
         sharp = replace(model.probe, rim="pixel", edge=0.3 * max(model.probe.edge - 1.0, 0.0))
-        kinds = [replace(start, probe=replace(model.probe, edge=max(model.probe.edge, 0.5))), replace(start, probe=sharp)]
+        kinds = [
+            replace(start, probe=replace(model.probe, edge=max(model.probe.edge, 0.5))),
+            replace(start, probe=sharp),
+        ]
         with ThreadPoolExecutor(len(kinds)) as pool:
             tried = list(pool.map(lambda kind: _improved(kind, fewer, ROUNDS), kinds))
         start = min(tried, key=lambda item: item[1])[0]
     if insides:
         flat = np.zeros((count, number_of(ORDER)))
         flat[:, 0] = 1.0
-        start = _improved(replace(start, insides=flat), few, ROUNDS, rim=rim)[0]
+        start = _improved(replace(start, insides=flat), few, 2 * ROUNDS, rim=rim)[0]
+        start = _reproduced(start, few)
     return noise_of(start, few)
+
+
+def _reproduced(model: Model, sample: Sample) -> Model:
+    """Of the insides of disks only as much as two halves of the sample agree upon.
+
+    What moves inside a disk from position to position averages to something in any sample, but not to the same.
+    """
+    halves = [
+        _improved(model, Sample(sample.frames[k::2], sample.positions[k::2]), 1, rim=False)[0].insides[:, 1:]
+        for k in (0, 1)
+    ]
+    if len(sample.frames) < 4:
+        return model
+    common = (halves[0] * halves[1]).sum(axis=1)
+    either = 0.5 * (halves[0] ** 2 + halves[1] ** 2).sum(axis=1)
+    share = np.clip(common / np.maximum(either, 1e-12), 0.0, 1.0)
+    insides = model.insides.copy()
+    insides[:, 1:] *= share[:, None]
+    return replace(model, insides=insides)
 
 
 def _improved(model: Model, sample: Sample, rounds: int, *, rim: bool = True) -> tuple[Model, float]:
@@ -202,16 +115,16 @@ def _sums_of(model: Model, sample: Sample, fitted: Any = None) -> tuple[Any, Any
     grid = np.arange(-COARSE_PHASES * (half + 1), COARSE_PHASES * (half + 1) + 1) / COARSE_PHASES / model.rim
     # one pixel's modes lie together in memory, and so do the images
     basis = np.moveaxis(zernike(*np.meshgrid(grid, grid, indexing="ij"), order_of(modes)), 0, -1)
-    images = np.moveaxis(images, 0, -1)
+    disks = [np.ascontiguousarray(table, np.float32) for table in (np.moveaxis(images, 0, -1), basis)]
     normal, right = np.zeros((count, modes + 2, modes + 2)), np.zeros((count, modes + 2))
-    error = np.zeros((count, 3))
+    error = np.zeros((count, 4))
     if fitted is not None:
         # the model error alone is wanted
         normal, right = normal[:, :0], right[:, :0]
     noise = np.array([model.gain, model.read**2, model.saturation, model.probe.radius])
     _accumulate(
         (frames.pixels, frames.starts, frames.shape), out, noted, (model.sites, model.first),
-        (np.ascontiguousarray(images, np.float32), np.ascontiguousarray(basis, np.float32), model.insides, fit.pixels, fit.window, fit.good), noise, (normal, right, error),
+        (*disks, model.insides, fit.pixels, fit.window, fit.good), noise, (normal, right, error),
     )  # fmt: skip
     if fitted is None:
         normal += np.tril(normal, -1).swapaxes(1, 2)
@@ -226,7 +139,9 @@ def _derivatives(probe: Probe, half: int) -> NDArray[np.float64]:
     if not isinstance(probe, Disk):
         return np.array([image, 0 * image, 0 * image])
     step = 0.02
-    wider = replace(probe, radius=probe.radius + step).image(half) - replace(probe, radius=probe.radius - step).image(half)
+    wider = replace(probe, radius=probe.radius + step).image(half) - replace(probe, radius=probe.radius - step).image(
+        half
+    )
     low = max(probe.edge - step, 0.0)
     softer = replace(probe, edge=probe.edge + step).image(half) - replace(probe, edge=low).image(half)
     return np.array([image, wider / (2 * step), softer / (probe.edge + step - low)])
@@ -314,20 +229,23 @@ def _accumulate(frames: Any, out: Any, noted: Any, model: Any, probe: Any, noise
                         for d in range(c + 1):
                             normal[s, c, d] += weighted * column[d]
                     rest -= level * disk * inside * (slope - 1)
-                    square = level * level
-                    error[s, 0] += square * (rest * rest - plain) / (plain * plain)
-                    error[s, 1] += square * square / (plain * plain)
-                    error[s, 2] += 1
+                    if disk > 0.5:
+                        error[s, 2] += rest * rest - plain
+                        error[s, 3] += (level * disk * inside) ** 2
+                    else:
+                        square = level * level
+                        error[s, 0] += square * (rest * rest - plain) / (plain * plain)
+                        error[s, 1] += square * square / (plain * plain)
 
 
 def noise_of(model: Model, sample: Sample) -> Model:
     """The priors of a model: how backgrounds, gradients and places of disks spread beyond what counting explains."""
     frames = frames_of(sample)
     count = len(model.sites)
-    loose = replace(model, priors=np.tile([0.01**2, 0.5**2, 0.0, 0.0, 0.0], (count, 1)))
+    loose = replace(model, priors=np.tile([0.01**2, 0.5**2, 0.0, 0.0, 0.0, 0.0], (count, 1)))
     out, noted = cpu_lattice.details(loose.fit(), frames, sample.positions)
     error = _sums_of(loose, sample, fitted=(out, noted))[2]
-    priors = np.zeros((count, 5))
+    priors = np.zeros((count, 6))
     fitted = np.isfinite(out[:, 0])
     for site in range(count):
         grain = int(np.searchsorted(model.first, site, "right")) - 1
@@ -336,13 +254,14 @@ def noise_of(model: Model, sample: Sample) -> Model:
         priors[site] = _spread(rows)
     priors[:, 0] = np.clip(error[:, 0] / np.maximum(error[:, 1], 1e-30), 0.002**2, 0.3**2)
     priors[:, 4] = _offsets(noted[fitted])
+    priors[:, 5] = np.clip(error[:, 2] / np.maximum(error[:, 3], 1e-30), 0.0, 1.0)
     return replace(model, priors=priors)
 
 
 def _spread(rows: NDArray[np.float64]) -> NDArray[np.float64]:
     """Gradient variance, background and its precision, from what was noted of one disk over the sample."""
     if len(rows) < 4:
-        return np.array([0.0, 0.1**2, 0.0, 0.0, 0.0])
+        return np.array([0.0, 0.1**2, 0.0, 0.0, 0.0, 0.0])
     slopes, variance = rows[:, 8:10], rows[:, 10:11]
     usable = np.isfinite(variance[:, 0])
     gradient = 0.02**2
@@ -351,11 +270,9 @@ def _spread(rows: NDArray[np.float64]) -> NDArray[np.float64]:
         excess = (weight * (np.minimum(slopes[usable] ** 2, 9.0) - variance[usable])).sum() / (2 * weight.sum())
         gradient = float(np.clip(excess, 0.01**2, 1.0))
     ground, ground_variance = rows[:, 1], np.where(np.isfinite(rows[:, 12]), rows[:, 12], np.nanmax(rows[:, 12]))
-    level = float(np.median(ground))
     mean = float(ground.mean())
     excess = max(float(ground.var()) - float(ground_variance.mean()), 0.0) + (0.05 * mean) ** 2 + 1e-8
-    del level
-    return np.array([0.0, gradient, mean, 1 / excess, 0.0])
+    return np.array([0.0, gradient, mean, 1 / excess, 0.0, 0.0])
 
 
 def _offsets(noted: NDArray[np.float64]) -> float:
@@ -376,5 +293,3 @@ def frames_of(sample: Sample) -> Frames:
     count, height, width = sample.frames.shape
     starts = np.arange(count, dtype=np.int64) * (height * width)
     return Frames(np.ascontiguousarray(sample.frames).reshape(-1), starts, (height, width))
-
-

@@ -13,6 +13,11 @@ def number_of(order: int) -> int:
     return (order + 1) * (order + 2) // 2
 
 
+def order_of(modes: int) -> int:
+    """The order up to which there are so many modes."""
+    return next(order for order in range(20) if number_of(order) == modes)
+
+
 def zernike(y: NDArray[np.float64], x: NDArray[np.float64], order: int) -> NDArray[np.float64]:
     """Zernike polynomials of unit mean square on the unit disk, (modes, ...); beyond it as at its rim.
 

@@ -17,6 +17,7 @@ from gpuem.backends.lattice_fit import PHASES
 # how a disk ends: a linear ramp along the radius; or a sharp aperture averaged over square pixels, and blurred
 Rim = Literal["ramp", "pixel"]
 
+
 @dataclass(frozen=True)
 class Disk:
     """A round or elliptical probe without structure.
@@ -76,21 +77,24 @@ class Picture:
         Counts above the background; only what lies within `radius` px of `center` is the probe.
     center : tuple of float
         The middle of the disk (y, x), in px.
-    radius : float
-        Radius of its outer rim, in px.
+    radius, edge : float
+        Radius of its outer rim, and the width of that, in px of the detector.
+    step : int
+        Samples per pixel of the detector; `center` is in samples.
     """
 
     pixels: NDArray[np.float64]
     center: tuple[float, float]
     radius: float
     edge: float = 1.0
+    step: int = 1
 
     def image(self, half: int, oversampling: int = PHASES) -> NDArray[np.float64]:
         """The probe for windows that reach `half` px from its centre, by cubic interpolation; 1 on average inside."""
         size = 2 * (half + 1) * oversampling + 1
         grid = (np.arange(size) - size // 2) / oversampling
-        rows = _cubic(self.center[0] + grid, self.pixels.shape[0])
-        columns = _cubic(self.center[1] + grid, self.pixels.shape[1])
+        rows = _cubic(self.center[0] + self.step * grid, self.pixels.shape[0])
+        columns = _cubic(self.center[1] + self.step * grid, self.pixels.shape[1])
         image = np.maximum(rows @ self.pixels @ columns.T, 0.0)
         distance = np.hypot(grid[:, None], grid)
         image *= np.clip(self.radius + 2.0 - distance, 0, 1)

@@ -5,7 +5,7 @@ numbers of the lattice are fitted at once; every disk's intensity I_k, backgroun
 (thickness and bending move intensity inside a disk without moving the disk) are nuisances, eliminated in closed form.
 Pixels are weighed by what is known of them, disks by what is known of their places. One step of Gauss and Newton:
 
-    w         = 1 / (gain mu + read + (m_k I_k)^2)                     for every pixel of a window
+    w         = 1 / (gain mu + read + (m_k I_k)^2 + (n_k I_k T_k)^2)   for every pixel of a window
     A_k, g_k  = information and score of the disk's place, nuisances eliminated (priors: background, gradient)
     W_k       = (1 + s_k^2 A_k)^-1 A_k                                 s_k: how far disks lie off their lattice
     H, r      = sum over disks of e e^T x W_k, e x (1 + s_k^2 A_k)^-1 g_k,    e = (1, h, k)
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 PHASES = 16
 COARSE_PHASES = 4
 # columns of `LatticeFit.priors`
-MODEL_ERROR, GRADIENT, BACKGROUND, BACKGROUND_PRECISION, OFFSET = range(5)
+MODEL_ERROR, GRADIENT, BACKGROUND, BACKGROUND_PRECISION, OFFSET, INSIDE_ERROR = range(6)
 # what is found for a frame
 COLUMNS = (
     *("center_y", "center_x", "a_y", "a_x", "b_y", "b_x"),
@@ -57,9 +57,10 @@ class LatticeFit:
         Reflections (h, k), those of the first lattice first.
     first : (lattices + 1,) int64
         Where the sites of each lattice begin.
-    priors : (sites, 5) float64
-        For every disk: relative model error squared, variance of its gradient (change from centre to rim, relative),
-        background and the inverse of its variance, variance of its place off the lattice in px^2.
+    priors : (sites, 6) float64
+        For every disk: squared error of the model everywhere in the window, relative to the disk's intensity; variance
+        of its gradient (change from centre to rim, relative); background and the inverse of its variance; variance of
+        its place off the lattice in px^2; squared error of the model inside the disk, relative to what is there.
     lattices : (lattices, 6) float64
         Where to start: center, a, b as (y, x) px; in every frame the one that explains most is taken.
     drift : (2, 2) float64
