@@ -33,6 +33,7 @@ import gpu_kernels  # noqa: E402
 import gpu_measure  # noqa: E402
 import gpu_peers  # noqa: E402
 import gpu_runs  # noqa: E402
+import gpu_strain  # noqa: E402
 import numpy as np  # noqa: E402
 from gpu_data import Bench, NotMeasuredError  # noqa: E402
 
@@ -113,6 +114,7 @@ def sections(bench: Bench, given: argparse.Namespace, deadline: float) -> dict[s
         "overlap": gpu_runs.overlap,
         "decoding": gpu_kernels.decoding,
         "resident data set": gpu_runs.on_resident,
+        "strain": gpu_strain.strain,
         "GPUDirect": gpu_runs.direct,
     }
     return {**{name: functools.partial(section, bench) for name, section in on_bench.items()}, "peers": peers}
@@ -233,6 +235,8 @@ def targets(record: Record) -> list[Record]:
         ("streamed bitshuffle-LZ4, GB/s decoded", get("streamed", "bitshuffle-LZ4", "GB_s"), ">=", 60),
         ("compiling on a fresh machine, seconds", get("compiling", "cold", "compile_seconds"), "<=", 10),
         ("kernels compiled by the next process", get("compiling", "warm", "kernels"), "<=", 0),
+        ("strain, patterns/s resident", get("strain", "resident", "patterns_per_s"), ">=", 100_000),
+        ("strain, patterns/s streamed", get("strain", "streamed", "patterns_per_s"), ">=", 50_000),
     ]  # fmt: skip
     for name in ("plain uint16", "bitshuffle-LZ4"):
         found.append((f"wall time of longest stage, {name}", get("overlap", name, "wall_to_longest"), "<=", 1.15))

@@ -144,7 +144,8 @@ def plan(source: Source, limits: Limits, position_nbytes: int, image_nbytes: int
     PlanError
         Not even one thread fits; with the numbers.
     """
-    shards, tiles = cut(source, Sizes())
+    # fits take far longer than reading: small shards keep all threads busy to the end
+    shards, tiles = cut(source, Sizes(shard=TILE_NBYTES) if fit_nbytes else Sizes())
     shard_frames = max((shard.frames for shard in shards), default=0)
     tile_nbytes = max(
         (

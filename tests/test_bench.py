@@ -50,7 +50,7 @@ def test_every_section_runs_and_checks_what_it_measures(quick):
         wanted = {"ok", "not measured"} if name == "GPUDirect" else {"ok"}
         assert section["status"] in wanted, f"{name}: {section.get('traceback', section)}"
         assert section["checks_passed"] or name in ("GPUDirect", "peers"), name
-    assert len(record["sections"]) == 9
+    assert len(record["sections"]) == 10
 
 
 @needs_compiler
@@ -75,7 +75,7 @@ def test_the_record_holds_what_a_reader_needs(quick):
 def test_targets_are_found_and_tiny_data_meet_none(quick):
     record, _ = quick
     found = {one["what"]: one["found"] for one in record["targets"]}
-    assert len(found) == 14
+    assert len(found) == 16
     assert {what for what, value in found.items() if value is None} == {
         f"times as fast as {name}" for name, one in record["sections"]["peers"]["results"].items() if "ratio" not in one
     }

@@ -27,6 +27,7 @@ AFTER = [
     "plot_strain",
     "plot_look",
     "plot",
+    "progress",
     "demo",
     "cli",
 ]

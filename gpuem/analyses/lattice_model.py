@@ -11,6 +11,9 @@ from gpuem.analyses.modes import order_of, zernike
 from gpuem.analyses.probe import Probe, blurred
 from gpuem.backends.lattice_fit import COARSE_PHASES, PHASES, LatticeFit, phases, window_pixels
 
+# where the last step moves a disk by more than this, in px, the lattice is not found; steps are small long before
+CONVERGED = 0.3
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
@@ -67,7 +70,7 @@ class Model:
         pixels, coarse_pixels = window_pixels(near), window_pixels(wide)
         soft = blurred(self.probe.image(int(coarse_pixels.max()), COARSE_PHASES), radius / 3 * COARSE_PHASES)
         longest = 0.15 * self.spacing
-        numbers = (self.gain, self.read**2, self.saturation, radius, minimum or self.minimum, 0.1, longest**-2.0)
+        numbers = (self.gain, self.read**2, self.saturation, radius, minimum or self.minimum, CONVERGED, longest**-2.0)
         return LatticeFit(
             phases(self.probe.image(int(pixels.max())), PHASES, pixels),
             phases(soft, COARSE_PHASES, coarse_pixels),

@@ -70,8 +70,9 @@ def learn(model: Model, sample: Sample, *, rim: bool = True, insides: bool = Tru
     if insides:
         flat = np.zeros((count, number_of(ORDER)))
         flat[:, 0] = 1.0
-        start = _improved(replace(start, insides=flat), few, 2 * ROUNDS, rim=rim)[0]
-        start = _reproduced(start, few)
+        taught = _reproduced(_improved(replace(start, insides=flat), few, ROUNDS, rim=rim)[0], few)
+        # where what is inside moves about, disks without structure may fit better than those of the sample
+        start = min(start, taught, key=lambda item: _misfit(item, few))
     return noise_of(start, few)
 
 
@@ -128,9 +129,17 @@ def _sums_of(model: Model, sample: Sample, fitted: Any = None) -> tuple[Any, Any
     )  # fmt: skip
     if fitted is None:
         normal += np.tril(normal, -1).swapaxes(1, 2)
-    good = np.isfinite(out[:, 0])
-    misfit = float(np.median(out[good, 10])) if good.any() else np.inf
-    return normal, right, error, misfit
+    return normal, right, error, _usual(out)
+
+
+def _misfit(model: Model, sample: Sample) -> float:
+    """Reduced chi^2 that is usual in a sample."""
+    return _usual(cpu_lattice.details(model.fit(), frames_of(sample), sample.positions)[0])
+
+
+def _usual(rows: NDArray[np.float64]) -> float:
+    good = np.isfinite(rows[:, 0])
+    return float(np.median(rows[good, 10])) if good.any() else np.inf
 
 
 def _derivatives(probe: Probe, half: int) -> NDArray[np.float64]:

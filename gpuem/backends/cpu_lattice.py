@@ -23,6 +23,10 @@ INTENSITY_VARIANCE, BACKGROUND_VARIANCE, MISFIT = 11, 12, 13
 FOUND = 3.0
 # a step moves no disk by more than this, in radii
 LONGEST = 0.5
+# after a longer step, in px, the blurred probe is used once more, twice at most
+FAR = 1.0
+# a fit goes on until its steps are this part of what counts as converged
+NEAR = 0.1
 
 
 def run(fit: LatticeFit, frames: Frames, positions: NDArray[np.int64], out: NDArray[np.float32]) -> None:
@@ -115,17 +119,17 @@ def _fit(frame: Any, theta: Any, tables: Any, note: Any, scratch: Any, row: Any)
     start = theta.copy()
     note[:, INTENSITY] = 0.0
     note[:, BACKGROUND] = 0.0
-    allowed = steps[0] + 2 * steps[1]
+    usual = steps[0] + steps[1]
     count, moved, fits, misfit = 0, 0.0, False, 0.0
-    while count < allowed:
-        blurred = count < steps[0]
+    while count < 2 * usual:
+        blurred = count < steps[0] or (count < steps[0] + 2 and moved > FAR)
         misfit = _disks(frame, theta, coarse if blurred else sharp, of, (good, numbers), note, buffers, count)
         fits = lattice_step(theta, start, of, numbers, note, normal, step, blurred)
         if not fits:
             break
         moved = move(theta, step, of[0], LONGEST * numbers[3])
         count += 1
-        if count == steps[0] + steps[1] and moved <= numbers[5]:
+        if count >= usual and moved <= NEAR * numbers[5]:
             break
     explained, disks, counts = 0.0, 0, 0.0
     for k in range(note.shape[0]):

@@ -76,7 +76,7 @@ class LatticeFit:
     scan_width : int
         Scan positions in a row.
     steps : tuple of int
-        Steps with the blurred and with the sharp probe; twice as many sharp ones where they don't converge.
+        Steps with the blurred and with the sharp probe; up to twice as many in all where they don't converge.
     """
 
     probe: NDArray[np.float32]
@@ -95,7 +95,7 @@ class LatticeFit:
     axes: NDArray[np.float64]
     numbers: NDArray[np.float64]
     scan_width: int
-    steps: tuple[int, int] = (2, 4)
+    steps: tuple[int, int] = (1, 3)
 
     @property
     def columns(self) -> int:
