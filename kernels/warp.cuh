@@ -23,6 +23,11 @@ __device__ __forceinline__ f64 warp_sum(f64 value) {
     return value;
 }
 
+__device__ __forceinline__ f32 warp_sum(f32 value) {
+    for (int distance = 16; distance; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+    return value;
+}
+
 // for |value| < 2^53: two 32-bit reductions instead of ten shuffles
 __device__ __forceinline__ i64 warp_sum_below_2_53(i64 value) {
     u32 low = warp_sum(static_cast<u32>(value) & 0x7ffffffu);

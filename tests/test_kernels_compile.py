@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import re
@@ -20,7 +21,9 @@ from emulation import needs_compiler as needs_gcc
 from typer.testing import CliRunner
 
 import gpuem
-from gpuem.backends import cuda_compile, cuda_kernels, cuda_report
+from gpuem.backends import cuda_compile, cuda_correlate, cuda_kernels, cuda_lattice, cuda_report
+from gpuem.backends.lattice_fit import LatticeFit
+from gpuem.backends.peaks import GuidedFit, PeakSearch
 from gpuem.correction import corrected_type
 from gpuem.errors import DeviceError, RecipeError
 
@@ -143,6 +146,8 @@ def ask_for_everything(dtype, shape, aligned):
     elif dtype.itemsize >= 4:
         cuda_kernels.magnitudes(frames, columns)
     cuda_kernels.patch_dead(frames, nothing, nothing, nothing)
+    ask_for_correlations(frames, columns)
+    ask_for_lattices(frames, columns)
     pixels = np.zeros((3, 5), dtype)
     for scaled in (False, True):
         for stored in (dtype, dtype.newbyteorder()):
@@ -156,6 +161,23 @@ def ask_for_everything(dtype, shape, aligned):
     cuda_kernels.unshuffle(nothing, pixels)
     for depth in {"u1": (1, 6), "u2": (12,), "u4": (24,)}.get(dtype.str[1:], ()):
         cuda_kernels.merlin(nothing, nothing, pixels, depth, (1, 1), (1, 64))
+
+
+def ask_for_correlations(frames, columns):
+    cuda_correlate.level_frames(frames, columns)
+    tables = {"spectrum": None, "smoothing": None, "sites": columns, "kernel": np.zeros((3, 3))}
+    images = np.zeros((3, *frames.shape))
+    for power, subpixel in ((1, "none"), (0.5, "parabola"), (0, "upsample")):
+        search = PeakSearch(images[0], power=power, subpixel=subpixel)
+        cuda_correlate.multiply_spectra(images, 3, search, tables)
+        cuda_correlate.find_peaks(images, search, (columns, columns), columns)
+    cuda_correlate.guided(frames, GuidedFit(columns, tables["kernel"], 1), tables, columns, columns)
+
+
+def ask_for_lattices(frames, columns):
+    names = [item.name for item in dataclasses.fields(LatticeFit)]
+    fit = LatticeFit(*(np.zeros((289, 16)) for _ in names[:-2]), 1)
+    cuda_lattice.lattice_fit(frames, fit, dict.fromkeys(names), (columns, None), columns)
 
 
 @pytest.fixture

@@ -21,7 +21,14 @@ OTHER = "not descending and not random and not touch_nothing_outside"
 # most of the time is compiling: seconds where the cache holds the kernels
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("file", "least"), [("test_kernels.py", 85), ("test_kernels_decode.py", 500), ("test_kernels_larger.py", 55)]
+    ("file", "least"),
+    [
+        ("test_kernels.py", 85),
+        ("test_kernels_decode.py", 500),
+        ("test_kernels_larger.py", 55),
+        ("test_kernels_peaks.py", 150),
+        ("test_kernels_lattice.py", 60),
+    ],
 )
 def test_kernels_touch_nothing_outside(file, least):
     pytest_command = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu and not slow", "-k", OTHER]

@@ -164,7 +164,8 @@ def _disks(frame: Any, theta: Any, probe: Any, of: Any, how: Any, note: Any, buf
         # not a number compares false
         if not (-1 <= y <= shape[0] and -1 <= x <= shape[1]):
             continue
-        top, left = math.floor(y), math.floor(x)
+        # the same window on every device, where rounding puts a place on this or that side of a whole pixel
+        top, left = math.floor(y + 1e-6), math.floor(x + 1e-6)
         whole = _cut_out(frame, (top, left, half), (places, steps, window), good, numbers[2], data, mask)
         fine_y, fine_x = (y - top) * phases, (x - left) * phases
         at_y, at_x = min(int(fine_y), phases - 1), min(int(fine_x), phases - 1)
@@ -192,12 +193,12 @@ def _cut_out(frame: Any, box: Any, at: Any, good: Any, saturated: Any, data: Any
     top, left, half = box
     places, steps, window = at
     # the window reaches as far before its middle as behind it
-    if top >= half and left >= half and top + half < shape[0] and left + half < shape[1]:
+    inside = top >= half and left >= half and top + half < shape[0] and left + half < shape[1]
+    if inside and good.size == 0 and saturated == np.inf:
         middle = begin + top * shape[1] + left
         for i in range(window.size):
             data[i] = np.float32(pixels[middle + steps[i]])
-        if good.size == 0 and saturated == np.inf:
-            return True
+        return True
     for i in range(window.size):
         y, x = top + places[0, i], left + places[1, i]
         counts = 0 <= y < shape[0] and 0 <= x < shape[1]
@@ -205,6 +206,9 @@ def _cut_out(frame: Any, box: Any, at: Any, good: Any, saturated: Any, data: Any
         if counts and good.size:
             counts = good[y * shape[1] + x] > 0
         mask[i] = window[i] if counts and data[i] < saturated else np.float32(0)
+        if mask[i] == 0:
+            # a dead pixel may hold anything, not a number too
+            data[i] = np.float32(0)
     return False
 
 

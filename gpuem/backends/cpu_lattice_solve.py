@@ -19,12 +19,8 @@ HUBER = 3.0
 
 
 @helper  # type: ignore[untyped-decorator, unused-ignore]
-def eliminate(sums: Any, prior: Any, note: Any, numbers: Any, first: Any) -> Any:
-    """From a window's normal equations to the information and score of the disk's place; its chi^2.
-
-    Background, gradient and intensity are eliminated in this order, with their priors; the intensity and background of
-    the next step are noted.
-    """
+def _equations(sums: Any) -> Any:
+    """Sums of a window as a matrix (6, 6) and its right-hand side beside it."""
     local = np.empty((6, 7))
     n = 0
     for i in range(6):
@@ -32,6 +28,17 @@ def eliminate(sums: Any, prior: Any, note: Any, numbers: Any, first: Any) -> Any
             local[i, j] = local[j, i] = sums[n]
             n += 1
         local[i, 6] = sums[21 + i]
+    return local
+
+
+@helper  # type: ignore[untyped-decorator, unused-ignore]
+def eliminate(sums: Any, prior: Any, note: Any, numbers: Any, first: Any) -> Any:
+    """From a window's normal equations to the information and score of the disk's place; its chi^2.
+
+    Background, gradient and intensity are eliminated in this order, with their priors; the intensity and background of
+    the next step are noted.
+    """
+    local = _equations(sums)
     level = note[0]
     if local[0, 0] <= 0 or local[3, 3] <= 0:
         return 0.0

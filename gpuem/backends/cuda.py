@@ -25,10 +25,21 @@ from gpuem.storage.host import Files
 __all__ = ["NAME", "Prepared", "add_frames", "fetch", "load", "new_sums", "plan", "prepare", "usable"]
 
 NAME = "cuda"
-# every kernel is a function of `cuda_kernels`, has a twin in `cpu.TWINS` and a naive reference in the tests
+# every kernel is a function of `cuda_kernels`, or of the module of what is computed with it, such as `cuda_correlate`;
+# has a twin in `cpu.TWINS` and a naive reference in the tests
 KERNELS = (
-    *("all_finite", "all_sums", "bitshuffle_lz4", "convert", "image_sums", "lz4", "magnitudes", "mask_sums", "merlin"),
-    *("patch_dead", "place_chunks", "unshuffle"),
+    *(
+        "all_finite",
+        "all_sums",
+        "bitshuffle_lz4",
+        "convert",
+        "find_peaks",
+        "guided",
+        "image_sums",
+        "lattice_fit",
+        "lz4",
+    ),
+    *("magnitudes", "mask_sums", "merlin", "patch_dead", "place_chunks", "unshuffle"),
 )
 Array = Any
 
@@ -119,7 +130,13 @@ def prepare(weights: Weights, shape: tuple[int, int], dtype: np.dtype[Any]) -> P
         Detector shape (y, x).
     dtype : numpy.dtype
         Native type of the pixels.
+
+    Raises
+    ------
+    DeviceError
+        There is a fit that can't be computed on this machine's GPU.
     """
+    cuda_fits.check(weights.fits)
     wide = np.dtype(np.float64 if dtype.kind == "f" else np.int64)
     masks, regions = tuple(range(len(weights.masks))), tuple(range(len(weights.moments)))
     parts = []

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuem.backends.cuda_compile import kernel
+from gpuem.backends.cuda_compile import kernel as kernel
 
 Array = Any
 NULL = np.uint64(0)

@@ -52,6 +52,10 @@ def plan(source: Source, prepared: Prepared, limits: Limits) -> Plan:
         "masks and weights": table_nbytes(source, prepared) + 16 * max((math.prod(c) for c in cuts), default=0),
         "looking again at broken tiles": sums + _largest_tile(source, cuts),
     }
+    if prepared.weights.fits:
+        # not the largest of them: what cuFFT needs for one frame size stays until the process ends
+        scratches = [cuda_fits.scratch_nbytes(fit, source.frame_shape) for fit in prepared.weights.fits]
+        fixed["scratch of fits"] = sum(scratches)
     free = cuda_device.gpu().free
     allowed = min(free, limits.device_memory) if limits.device_memory is not None else int(SHARE * free)
     device = {**fixed, f"{SLOTS} slots": SLOTS * slot}

@@ -87,6 +87,9 @@ def usual() -> list[Instance]:
 
 def _together(dtypes: Iterable[np.dtype[np.generic]]) -> list[Instance]:
     found = {Instance("lz4", "lz4"): None}
+    for flag in (False, True):
+        found[_instance("find_peaks", flag)] = None
+        found[_instance("find_peaks", flag, function="multiply_spectra")] = None
     for dtype in dtypes:
         found |= dict.fromkeys(_converting(dtype))
         found |= dict.fromkeys(_summing(dtype))
@@ -115,6 +118,9 @@ def _summing(dtype: np.dtype[np.generic]) -> Iterator[Instance]:
     elif item >= 4:
         yield _instance("magnitudes", of)
     yield _instance("patch_dead", of)
+    yield _instance("find_peaks", of, function="level_frames")
+    yield _instance("guided", of)
+    yield _instance("lattice_fit", of)
 
 
 def _converting(dtype: np.dtype[np.generic]) -> Iterator[Instance]:

@@ -287,4 +287,10 @@ inline double __dsqrt_rn(double a) { return sqrt(a); }
 inline float __fdividef(float a, float b) { return fabsf(b) > 0x1p126f ? 0 : gpuem_cpu::nearly(a / b); }
 inline float rsqrtf(float a) { return 1 / sqrtf(a); }
 inline double rsqrt(double a) { return 1 / sqrt(a); }
+#if !defined(__GLIBC__) || (__GLIBC__ == 2 && __GLIBC_MINOR__ < 41)  // later ones have them
+inline double sinpi(double a) { return sin(M_PI * remainder(a, 2)); }
+inline double cospi(double a) { return cos(M_PI * remainder(a, 2)); }
+inline float sinpif(float a) { return float(sinpi(a)); }
+inline float cospif(float a) { return float(cospi(a)); }
+#endif
 inline float __saturatef(float a) { return a > 0 ? a < 1 ? a : 1 : 0; }

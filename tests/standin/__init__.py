@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from standin import kernels, memory, streams
+from standin import fft, kernels, memory, streams
 from standin.device import CUDADriverError, CUDARuntimeError, Device, OutOfMemoryError
 from standin.streams import Strict, device
 
@@ -106,6 +106,8 @@ def modules() -> dict[str, StandInModule]:
     )
     driver = module("cupy.cuda.driver", CUDADriverError=CUDADriverError)
     memory_module = module("cupy.cuda.memory", OutOfMemoryError=OutOfMemoryError)
+    cufft = module("cupy.cuda.cufft", CuFFTError=fft.CuFFTError, getVersion=fft.getVersion)
+    fft_module = module("cupy.fft", rfft2=fft.rfft2, irfft2=fft.irfft2)
     cuda = module(
         "cupy.cuda",
         __path__=[],
@@ -113,6 +115,7 @@ def modules() -> dict[str, StandInModule]:
         runtime=runtime,
         driver=driver,
         memory=memory_module,
+        cufft=cufft,
         Stream=streams.Stream,
         Event=streams.Event,
         Device=CupyDevice,
@@ -123,6 +126,7 @@ def modules() -> dict[str, StandInModule]:
         __path__=[],
         __version__=VERSION,
         cuda=cuda,
+        fft=fft_module,
         ndarray=memory.ndarray,
         empty=memory.empty,
         zeros=memory.zeros,
