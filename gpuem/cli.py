@@ -135,8 +135,6 @@ def selftest(
     quick: Annotated[bool, typer.Option(help="Plain patterns only.")] = False,
 ) -> None:
     """Measure synthetic patterns of known strain: error over the Cramer-Rao bound, and patterns per second, here."""
-    from rich.table import Table
-
     from gpuem import selftest as tests
     from gpuem.errors import RecipeError
 
@@ -149,12 +147,8 @@ def selftest(
             device=device,  # type: ignore[arg-type]
             progress=lambda row: status.update(f"{row.case}, {row.dose:g} electrons per pattern"),
         )
-    table = Table(
-        *tests.COLUMNS, title="Strain of synthetic patterns, 256 x 256 pixels, 25 disks", title_justify="left"
-    )
-    for cells in tests.cells(rows):
-        table.add_row(*cells)
-    out.print(table)
+    out.print("Strain of synthetic patterns: 256 x 256 pixels, 25 disks")
+    out.print(tests.table(rows))
     out.print(tests.LEGEND)
 
 

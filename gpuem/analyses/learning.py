@@ -27,6 +27,11 @@ from gpuem.codecs.compiled import compiled
 ORDER = 4
 # how much a disk's inside may vary, relative: the prior of every mode
 SPREAD = 0.3
+# steps in radius, edge and elongation for derivatives, and the largest change of them at once
+STEPS, LONGEST = np.array([0.02, 0.02, 0.005, 0.005]), np.array([0.5, 0.3, 0.05, 0.05])
+# what can't be seen stays as it is: inverse variances
+OUTLINE_PRIOR = np.array([1e-3, 1.0, 0.05**-2.0, 0.05**-2.0])
+LEAST_EDGE = {"ramp": 0.4, "pixel": 0.0}
 # rim and insides are improved so often
 ROUNDS = 3
 # frames that are enough for rim and insides
@@ -117,7 +122,7 @@ def _sums_of(model: Model, sample: Sample, fitted: Any = None) -> tuple[Any, Any
     # one pixel's modes lie together in memory, and so do the images
     basis = np.moveaxis(zernike(*np.meshgrid(grid, grid, indexing="ij"), order_of(modes)), 0, -1)
     disks = [np.ascontiguousarray(table, np.float32) for table in (np.moveaxis(images, 0, -1), basis)]
-    normal, right = np.zeros((count, modes + 2, modes + 2)), np.zeros((count, modes + 2))
+    normal, right = np.zeros((count, modes + len(STEPS), modes + len(STEPS))), np.zeros((count, modes + len(STEPS)))
     error = np.zeros((count, 4))
     if fitted is not None:
         # the model error alone is wanted
@@ -142,18 +147,29 @@ def _usual(rows: NDArray[np.float64]) -> float:
     return float(np.median(rows[good, 10])) if good.any() else np.inf
 
 
+def _outline(disk: Disk) -> NDArray[np.float64]:
+    """Radius, edge, and how much longer the disk is along x than along y, and along the diagonal (logarithms)."""
+    longer, angle = np.log(disk.ratio), np.radians(2 * disk.angle)
+    return np.array([disk.radius, disk.edge, longer * np.cos(angle), longer * np.sin(angle)])
+
+
+def _outlined(disk: Disk, outline: NDArray[np.float64]) -> Disk:
+    """A disk with another outline."""
+    radius, edge, along, diagonal = outline
+    ratio, angle = np.exp(np.hypot(along, diagonal)), np.degrees(np.arctan2(diagonal, along)) / 2
+    return replace(disk, radius=radius, edge=max(edge, LEAST_EDGE[disk.rim]), ratio=float(ratio), angle=float(angle))
+
+
 def _derivatives(probe: Probe, half: int) -> NDArray[np.float64]:
-    """The probe's image, and how it changes with radius and edge."""
-    image = probe.image(half)
+    """The probe's image, and how it changes with its outline."""
+    images = [probe.image(half)]
     if not isinstance(probe, Disk):
-        return np.array([image, 0 * image, 0 * image])
-    step = 0.02
-    wider = replace(probe, radius=probe.radius + step).image(half) - replace(probe, radius=probe.radius - step).image(
-        half
-    )
-    low = max(probe.edge - step, 0.0)
-    softer = replace(probe, edge=probe.edge + step).image(half) - replace(probe, edge=low).image(half)
-    return np.array([image, wider / (2 * step), softer / (probe.edge + step - low)])
+        return np.array(images + [0 * images[0]] * len(STEPS))
+    for step in np.diag(STEPS):
+        more, less = (_outlined(probe, _outline(probe) + sign * step) for sign in (1, -1))
+        apart = (_outline(more) - _outline(less)) @ step / (step @ step)
+        images.append((more.image(half) - less.image(half)) / (apart * step.sum()))
+    return np.array(images)
 
 
 def _step(model: Model, normal: Any, right: Any, *, rim: bool) -> Model:
@@ -170,15 +186,11 @@ def _step(model: Model, normal: Any, right: Any, *, rim: bool) -> Model:
     solved, own = np.linalg.solve(local, cross), np.linalg.solve(local, score[..., None])[..., 0]
     shared = (normal[:, modes:, modes:] - np.einsum("sji,sjk->sik", cross, solved)).sum(axis=0)
     pull = (right[:, modes:] - np.einsum("sji,sj->si", cross, own)).sum(axis=0)
-    change = np.zeros(2)
-    if rim and isinstance(model.probe, Disk):
-        # a weak prior on the edge: where it can't be seen it stays
-        change = np.linalg.solve(shared + np.diag([1e-3, 1.0]), pull)
-        change = np.clip(change, [-0.5, -0.3], [0.5, 0.3])
-    lowest = 0.4 if isinstance(model.probe, Disk) and model.probe.rim == "ramp" else 0.0
-    probe = model.probe
-    if isinstance(probe, Disk):
-        probe = replace(probe, radius=probe.radius + change[0], edge=max(probe.edge + change[1], lowest))
+    change, probe = np.zeros(len(STEPS)), model.probe
+    if rim and isinstance(probe, Disk):
+        change = np.linalg.solve(shared + np.diag(OUTLINE_PRIOR), pull)
+        change = np.clip(change, -LONGEST, LONGEST)
+        probe = _outlined(probe, _outline(probe) + change)
     coefficients = model.insides + own - solved @ change
     coefficients[:, 0] = 1.0
     return replace(model, probe=probe, insides=coefficients)
@@ -193,7 +205,7 @@ def _accumulate(frames: Any, out: Any, noted: Any, model: Any, probe: Any, noise
     normal, right, error = sums
     modes = insides.shape[1]
     middle, coarse = images.shape[1] // 2, basis.shape[1] // 2
-    column = np.empty(modes + 2)
+    column = np.empty(modes + images.shape[2] - 1)
     for f in range(starts.size):
         if not np.isfinite(out[f, 0]):
             continue
@@ -206,45 +218,44 @@ def _accumulate(frames: Any, out: Any, noted: Any, model: Any, probe: Any, noise
             cx = out[f, 1] + sites[s, 0] * out[f, 3] + sites[s, 1] * out[f, 5]
             top, left = int(np.floor(cy)), int(np.floor(cx))
             for i in range(window.size):
-                if True:
-                    y, x = top + places[0, i], left + places[1, i]
-                    if y < 0 or x < 0 or y >= shape[0] or x >= shape[1] or window[i] == 0:
-                        continue
-                    value = pixels[starts[f] + y * shape[1] + x]
-                    if value >= noise[2] or (good.size > 0 and good[y * shape[1] + x] == 0):
-                        continue
-                    at_y, at_x = (y - cy) * 16 + middle, (x - cx) * 16 + middle
-                    if at_y < 0 or at_x < 0 or at_y >= 2 * middle or at_x >= 2 * middle:
-                        continue
-                    m, n = int(at_y + 0.5), int(at_x + 0.5)
-                    mode = basis[int((y - cy) * 4 + coarse + 0.5), int((x - cx) * 4 + coarse + 0.5)]
-                    image = images[m, n]
-                    inside = 0.0
-                    for c in range(modes):
-                        inside += insides[s, c] * mode[c]
-                    disk = image[0]
-                    slope = 1 + (noted[f, s, 8] * (y - cy) + noted[f, s, 9] * (x - cx)) / noise[3]
-                    mu = ground + level * disk * inside
-                    plain = noise[0] * max(mu, 0.0) + noise[1]
-                    w = 1 / (plain + (0.03 * level) ** 2)
-                    rest = value - mu
-                    for c in range(modes if right.shape[1] else 0):
-                        column[c] = level * disk * mode[c]
-                    column[modes] = level * inside * image[1]
-                    column[modes + 1] = level * inside * image[2]
-                    for c in range(right.shape[1]):
-                        weighted = w * column[c]
-                        right[s, c] += weighted * rest
-                        for d in range(c + 1):
-                            normal[s, c, d] += weighted * column[d]
-                    rest -= level * disk * inside * (slope - 1)
-                    if disk > 0.5:
-                        error[s, 2] += rest * rest - plain
-                        error[s, 3] += (level * disk * inside) ** 2
-                    else:
-                        square = level * level
-                        error[s, 0] += square * (rest * rest - plain) / (plain * plain)
-                        error[s, 1] += square * square / (plain * plain)
+                y, x = top + places[0, i], left + places[1, i]
+                if y < 0 or x < 0 or y >= shape[0] or x >= shape[1] or window[i] == 0:
+                    continue
+                value = pixels[starts[f] + y * shape[1] + x]
+                if value >= noise[2] or (good.size > 0 and good[y * shape[1] + x] == 0):
+                    continue
+                at_y, at_x = (y - cy) * 16 + middle, (x - cx) * 16 + middle
+                if at_y < 0 or at_x < 0 or at_y >= 2 * middle or at_x >= 2 * middle:
+                    continue
+                m, n = int(at_y + 0.5), int(at_x + 0.5)
+                mode = basis[int((y - cy) * 4 + coarse + 0.5), int((x - cx) * 4 + coarse + 0.5)]
+                image = images[m, n]
+                inside = 0.0
+                for c in range(modes):
+                    inside += insides[s, c] * mode[c]
+                disk = image[0]
+                slope = 1 + (noted[f, s, 8] * (y - cy) + noted[f, s, 9] * (x - cx)) / noise[3]
+                mu = ground + level * disk * inside
+                plain = noise[0] * max(mu, 0.0) + noise[1]
+                w = 1 / (plain + (0.03 * level) ** 2)
+                rest = value - mu
+                for c in range(modes if right.shape[1] else 0):
+                    column[c] = level * disk * mode[c]
+                for c in range(1, image.size):
+                    column[modes + c - 1] = level * inside * image[c]
+                for c in range(right.shape[1]):
+                    weighted = w * column[c]
+                    right[s, c] += weighted * rest
+                    for d in range(c + 1):
+                        normal[s, c, d] += weighted * column[d]
+                rest -= level * disk * inside * (slope - 1)
+                if disk > 0.5:
+                    error[s, 2] += rest * rest - plain
+                    error[s, 3] += (level * disk * inside) ** 2
+                else:
+                    square = level * level
+                    error[s, 0] += square * (rest * rest - plain) / (plain * plain)
+                    error[s, 1] += square * square / (plain * plain)
 
 
 def noise_of(model: Model, sample: Sample) -> Model:
