@@ -58,7 +58,10 @@ def test_every_mistake_at_once_with_place_and_nearest_word(folder):
     assert "bad.toml: 6 mistakes" in message
     assert "[[analysis]] 1 (virtual), centre: unknown key; did you mean 'center'?" in message
     assert "[[analysis]] 1 (virtual), inner: Input should be greater than or equal to 0 (found -1.0)" in message
-    assert "[[analysis]] 2 (comm): kind 'comm' is unknown; did you mean 'com'? (kinds: sum, virtual, com)" in message
+    assert (
+        "[[analysis]] 2 (comm): kind 'comm' is unknown; did you mean 'com'? (kinds: sum, virtual, com, strain, bragg)"
+        in message
+    )
     assert "[input] scam: unknown key; did you mean 'scan'?" in message
     assert "[outptu]: unknown key; did you mean 'output'?" in message
     assert "[output]: is missing" in message

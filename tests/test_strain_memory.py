@@ -36,7 +36,8 @@ watcher = threading.Thread(target=watch)
 watcher.start()
 found = gpuem.run(ds, [gpuem.Strain()], memory="2 GB")
 done.set(); watcher.join()
-print(json.dumps({"planned": prepared.plan.total_nbytes, "peak": peak[0], "valid": float(found["strain/valid"].data.mean())}))
+valid = float(found["strain/valid"].data.mean())
+print(json.dumps({"planned": prepared.plan.total_nbytes, "peak": peak[0], "valid": valid}))
 """
 
 
