@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,16 +14,19 @@ from numpy.typing import NDArray
 from gpuem.analyses import Sample, View
 from gpuem.analyses.deformation import axes_matrix, ellipse_matrix
 from gpuem.analyses.lattice_finding import FoundLattice, find_lattice
-from gpuem.analyses.lattice_sites import centre_plane, describe, sites
-from gpuem.analyses.learning import FRAMES, Model, frames_of, learn, noise_of
+from gpuem.analyses.lattice_model import Model
+from gpuem.analyses.lattice_sites import Sites, centre_plane, describe, sites
+from gpuem.analyses.learning import FRAMES, frames_of, learn, noise_of
 from gpuem.analyses.positions import registration_of
-from gpuem.analyses.probe import Disk, Picture as ProbePicture, Probe
-from gpuem.analyses.probe_finding import FoundProbe, find_probe
+from gpuem.analyses.probe import Probe
+from gpuem.analyses.probe_finding import FoundProbe
 from gpuem.analyses.reference_lattice import check_reference, crystal_angle
 from gpuem.analyses.strain_maps import Picture, StrainFit
+from gpuem.analyses.strain_pixels import good_pixels, read_noise, saturation_of, without_defects
+from gpuem.analyses.strain_probe import measured, probe_of
+from gpuem.analyses.strain_reference import described_alike, reference_of
 from gpuem.backends import cpu_lattice
-from gpuem.errors import DataError, InputError, RecipeError
-from gpuem.formats.array import read_array
+from gpuem.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from gpuem.analyses.strain import Strain
@@ -32,53 +36,55 @@ log = logging.getLogger("gpuem")
 STEADY = 0.3
 # reduced chi^2 that is no crystal: so many times what is usual, and at least so much
 UNUSUAL, LEAST_CHI2 = 4.0, 4.0
+# that much of it in the sample is strange
+STRANGE = 8.0
+# a lattice that explains less than this part of what the best one does is chance among noise
+CHANCE = 0.8
+# disks nearer to each other than so many radii can't be told apart
+CLOSEST = 0.7
+# a lattice that was given and has less than this part of its disks may be a wrong one
+FEW_FOUND = 0.6
+# part of the rims of disks that must be free of neighbours
+LEAST_ALONE = 0.1
+# frames from which a plane through the centres is told
+ENOUGH = 8
 
 
 def look(asked: Strain, view: View, sample: Sample) -> StrainFit:
     """Find in the sample what wasn't given."""
-    shape = view.frame_shape
-    good = _good(asked, shape)
-    region, reference = _reference(asked, view)
+    good = good_pixels(asked, view.frame_shape)
+    region, reference = reference_of(asked, view.scan_shape)
     # wide enough for sums of any pixels
     mean = sample.frames.mean(axis=0, dtype=np.float64)
-    probe, picture = _probe(asked, mean, good)
-    center = asked.center or probe.center
-    lattices = _lattices(asked, sample, probe, good, center)
-    used = [lattice for lattice in lattices if lattice.kind == "grain"]
-    parts = [sites(lattice, shape, probe, mean, good, sample.frames) for lattice in used]
-    _enough(asked, parts)
-    hk = [part.hk.astype(np.float64) for part in parts]
-    starts = np.array([[*lattice.center, *lattice.a, *lattice.b] for lattice in used])
-    if asked.center is not None:
-        starts[:, :2] = asked.center
-    saturation = _saturation(asked, sample)
-    axes = _axes(asked, starts[0, 2:].reshape(2, 2))
-    width = view.scan_shape[-1] if view.scan_shape else 1
-    model = Model(
-        picture,
-        np.concatenate(hk),
-        np.concatenate([[0], np.cumsum([len(part) for part in hk])]).astype(np.int64),
-        starts,
-        np.zeros((2, 2)),
-        np.zeros(0, np.float32) if good.all() else good.astype(np.float32).reshape(-1),
-        axes,
-        width,
-        shape,
-        gain=asked.gain,
-        read=asked.read_noise if asked.read_noise is not None else _read_noise(view, sample),
-        saturation=saturation,
-        minimum=asked.min_disks,
-    )
-    model, usual = _taught(asked, model, sample, view.scan_shape)
+    good = without_defects(asked, mean, good, len(sample.frames))
+    probe, picture = probe_of(asked, sample, mean, good)
+    lattices = _lattices(asked, sample, probe, good)
+    used = _grains(asked, lattices)
+    plane = _plane(asked, used[0], sample, view.scan_shape)
+    parts = [_sites(asked, lattice, probe, (mean, good), sample, (plane, view.scan_shape)) for lattice in used]
+    model = _model(asked, view, sample, good, picture, used, parts, plane)
+    if reference is not None and len(used) == 1:
+        reference = described_alike(reference, model.lattices[0, 2:].reshape(2, 2))
+    _rims_alone(asked, model)
+    model, usual = _taught(asked, model, _of_crystal(sample, used), view.scan_shape)
+    lines = _lines(asked, _refined(probe, model), lattices, used, parts, _wander(model, view.scan_shape))
     second = next((lattice for lattice in lattices if lattice.kind == "second"), None)
-    lines = describe(_refined(probe, model), lattices, parts[0])
     shown = Picture(
         mean,
         tuple(lines),
         (second.center, second.a, second.b, second.score) if second else None,
         tuple(lattice.score for lattice in used),
     )
-    limit = asked.max_chi2 if asked.max_chi2 is not None else max(UNUSUAL * usual, LEAST_CHI2)
+    limit = asked.max_chi2
+    if limit is None:
+        # of places of disks nobody knows what is usual: structure inside them moves them
+        limit = max(UNUSUAL * usual, LEAST_CHI2) if asked.registration == "lattice" else np.inf
+        if usual > STRANGE and asked.registration == "lattice":
+            log.warning(
+                "%s: reduced chi^2 is %.1f in the sample, 1 where the model explains the pixels: is it the right "
+                "lattice (picture of gpuem check), are there %g counts per electron (gain=)?",
+                asked.name, usual, asked.gain,
+            )  # fmt: skip
     for line in lines:
         log.info("%s: %s", asked.name, line)
     facts = {
@@ -86,159 +92,146 @@ def look(asked: Strain, view: View, sample: Sample) -> StrainFit:
         "probe_radius_px": float(model.probe.radius),
         "probe_edge_px": float(model.probe.edge),
         "disks_fitted": len(model.sites),
-        "max_chi2": float(limit),
-        "axes_deg": float(np.degrees(np.arctan2(-axes[1, 0], axes[0, 0]))),
+        "max_chi2": float(limit) if np.isfinite(limit) else None,
+        "axes_deg": float(np.degrees(np.arctan2(-model.axes[1, 0], model.axes[0, 0]))),
         "found": lines,
     }
     if isinstance(asked.reference, tuple) and region is not None:
-        facts["reference_region"] = list(asked.reference)
-    fit = registration_of(asked.registration, model, asked.power)
+        facts["reference_region"] = [*asked.reference]
+    fit = registration_of(asked.registration, model, asked.power, view.scan_shape)
     return StrainFit(asked, model, fit, float(limit), region, reference, shown, facts)
 
 
-def _good(asked: Strain, shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Pixels that count."""
-    if asked.mask is None:
-        return np.ones(shape, np.bool_)
-    hidden = np.asarray(read_array(asked.mask, f"{asked.name}: mask") if isinstance(asked.mask, Path) else asked.mask).astype(np.bool_)
-    if hidden.shape != shape:
-        raise RecipeError(f"{asked.name}: mask has the shape {hidden.shape}, the detector {shape}")
-    if hidden.all():
-        raise RecipeError(f"{asked.name}: mask hides every pixel; it must be True where pixels are hidden")
-    return ~hidden
+# ---- lattices
 
 
-def _reference(asked: Strain, view: View) -> tuple[NDArray[np.bool_] | None, NDArray[np.float64] | None]:
-    """Scan positions of the reference, or its vectors."""
-    given = asked.reference
-    if isinstance(given, str):
-        return None, None
-    if isinstance(given, Path) and given.suffix != ".npy":
-        return None, _of_result(asked, given)
-    if isinstance(given, tuple) and isinstance(given[0], tuple):
-        return None, check_reference(np.array(given, np.float64), f"{asked.name}: reference")
-    region = np.zeros(view.scan_shape, np.bool_)
-    if isinstance(given, tuple):
-        ends = [int(v) for v in given]  # type: ignore[arg-type]
-        if len(ends) != 2 * region.ndim:
-            raise RecipeError(
-                f"{asked.name}: reference {given}: needed are first and end for each of the {region.ndim} scan axes"
-            )
-        region[tuple(slice(max(a, 0), max(b, 0)) for a, b in zip(ends[::2], ends[1::2], strict=True))] = True
-    else:
-        mask = np.asarray(read_array(given, f"{asked.name}: reference") if isinstance(given, Path) else given).astype(np.bool_)
-        if mask.shape != region.shape:
-            raise RecipeError(f"{asked.name}: reference has the shape {mask.shape}, the scan {region.shape}")
-        region = mask
-    if not region.any():
-        raise RecipeError(
-            f"{asked.name}: reference region {given if isinstance(given, tuple) else ''} holds none of the "
-            f"{region.size} scan positions of {' x '.join(map(str, region.shape))}; give (y0, y1, x0, x1) inside it"
-        )
-    return region.reshape(-1), None
-
-
-def _of_result(asked: Strain, path: Path) -> NDArray[np.float64]:
-    """The reference lattice of another result."""
-    import zarr
-
-    try:
-        root: Any = zarr.open_group(path, mode="r")
-        names = [name for name in root.group_keys() if "exx" in root[name]]
-        attributes = root[asked.name if asked.name in names else names[0]]["exx"].attrs
-        return check_reference(np.array([attributes["reference_a"], attributes["reference_b"]]), str(path))
-    except (OSError, KeyError, IndexError, ValueError) as error:
-        raise InputError(
-            f"{path}: no reference lattice in it ({type(error).__name__}); it must be the result of a strain analysis "
-            "with one lattice (.zarr), or a mask of the scan (.npy)"
-        ) from error
-
-
-def _probe(asked: Strain, mean: NDArray[np.float64], good: NDArray[np.bool_]) -> tuple[FoundProbe, Probe]:
-    """The direct beam's disk: as found, and as it is fitted."""
-    ratio, angle = asked.ellipticity
-    if asked.probe is not None:
-        image = np.asarray(read_array(asked.probe, f"{asked.name}: probe") if isinstance(asked.probe, Path) else asked.probe, np.float64)
-        if image.ndim != 2:
-            raise RecipeError(f"{asked.name}: probe: an image (y, x) is needed, found the shape {image.shape}")
-        own = find_probe(image, np.isfinite(image))
-        y, x = np.indices(image.shape)
-        distance = np.hypot(y - own.center[0], x - own.center[1])
-        around = image[(distance > own.radius + 3) & (distance < own.radius + 8)]
-        ground = float(np.median(around)) if around.size else 0.0
-        picture = ProbePicture(np.nan_to_num(image) - ground, own.center, own.radius, own.edge)
-        place = asked.center or _place(mean, good, own)
-        return FoundProbe(place, own.radius, own.edge, ("shape from the image of the probe",)), picture
-    if asked.radius is not None:
-        edge = asked.edge if asked.edge is not None else 1.0
-        found = FoundProbe(asked.center or (0.0, 0.0), asked.radius, edge, ("radius as given",))
-        if asked.center is None:
-            found = replace(found, center=_place(mean, good, found))
-    else:
-        found = find_probe(mean, good)
-    return found, Disk(found.radius, found.edge, "ramp", ratio, angle)
-
-
-def _place(mean: NDArray[np.float64], good: NDArray[np.bool_], known: FoundProbe) -> tuple[float, float]:
-    """Where the direct beam is, of a probe whose shape is known."""
-    try:
-        return find_probe(mean, good).center
-    except DataError:
-        height, width = mean.shape
-        smooth = np.where(good, mean, 0.0)
-        y, x = np.indices(mean.shape)
-        total = smooth.sum()
-        if total <= 0:
-            return (height - 1) / 2, (width - 1) / 2
-        return float((smooth * y).sum() / total), float((smooth * x).sum() / total)
-
-
-def _lattices(
-    asked: Strain, sample: Sample, probe: FoundProbe, good: NDArray[np.bool_], center: tuple[float, float]
-) -> list[FoundLattice]:
+def _lattices(asked: Strain, sample: Sample, probe: FoundProbe, good: NDArray[np.bool_]) -> list[FoundLattice]:
     """Lattices to fit, and the second choice."""
     if asked.a is None or asked.b is None:
-        return find_lattice(sample.frames, replace(probe, center=center), good, center=asked.center)
-    every = np.arange(len(sample.frames))
-    given = [(asked.a, asked.b), *asked.lattices]
-    for a, b in given:
-        check_reference(np.array([a, b], np.float64), f"{asked.name}: lattice")
-    return [FoundLattice(center, a, b, 1.0, 1.0, every, len(every), "grain") for a, b in given]
-
-
-def _enough(asked: Strain, parts: list[Any]) -> None:
-    """Refuse a lattice with too few disks."""
-    for part in parts:
-        rank = np.linalg.matrix_rank(np.column_stack([np.ones(len(part.hk)), part.hk])) if len(part.hk) else 0
-        if len(part.hk) < asked.min_disks or rank < 3:
-            raise DataError(
-                f"{asked.name}: {len(part.hk)} disk{'' if len(part.hk) == 1 else 's'} of the lattice stand out of the "
-                f"background{' on one line' if len(part.hk) >= asked.min_disks else ''}; {asked.min_disks} that span "
-                "a plane are needed (min_disks). Is the beam on a crystal, are a, b and radius right?"
+        return find_lattice(sample.frames, probe, good, center=asked.center)
+    count = len(sample.frames)
+    found = []
+    for a, b in ((asked.a, asked.b), *asked.lattices):
+        basis = check_reference(np.array([a, b], np.float64), f"{asked.name}: lattice")
+        nearest = min(np.hypot(*v) for v in (*basis, basis[0] + basis[1], basis[0] - basis[1]))
+        if nearest < max(CLOSEST * probe.radius, 2.0):
+            raise RecipeError(
+                f"{asked.name}: a = {a}, b = {b} px (y, x): disks {nearest:.3g} px apart with a radius of "
+                f"{probe.radius:.3g} px can't be told apart; are a, b and radius in px of the frames as they are read?"
             )
+        # where it is in which frames nobody knows
+        every, centers = np.arange(count), np.tile(probe.center, (count, 1))
+        bases = np.tile(basis, (count, 1, 1))
+        found.append(FoundLattice(probe.center, a, b, 1.0, 1.0, every, centers, bases, count, "grain"))
+    return found
 
 
-def _saturation(asked: Strain, sample: Sample) -> float:
-    """Counts from which a pixel is saturated: the largest that the type holds, where it occurs."""
-    if asked.saturation is not None:
-        return asked.saturation
-    kind = sample.frames.dtype
-    if kind.kind in "ui" and kind.itemsize <= 4:
-        top = np.iinfo(kind).max
-        if sample.frames.max() == top:
-            log.info("%s: pixels of %d counts are saturated and left out", asked.name, top)
-            return float(top)
-    return float("inf")
+def _grains(asked: Strain, lattices: Sequence[FoundLattice]) -> list[FoundLattice]:
+    """The lattices to fit: a basis that was found in amorphous frames is chance, and explains less."""
+    grains = [lattice for lattice in lattices if lattice.kind == "grain"]
+    best = max(lattice.share for lattice in grains)
+    kept = [lattice for lattice in grains if lattice.share >= CHANCE * best]
+    if asked.registration != "lattice":
+        # the others know one lattice
+        kept = kept[:1]
+    for lattice in grains:
+        if lattice not in kept:
+            log.info("%s: not fitted: %s", asked.name, lattice.describe())
+    return kept
 
 
-def _read_noise(view: View, sample: Sample) -> float:
-    """Noise of a pixel without electrons: none for counts; for real numbers from the darkest pixels' spread."""
-    if view.dtype.kind != "f":
-        return 0.05
-    flat = sample.frames.reshape(len(sample.frames), -1)
-    dark = np.argsort(flat.mean(axis=0))[: max(16, flat.shape[1] // 50)]
-    spread = flat[:, dark].astype(np.float64)
-    return max(float(np.sqrt(max(spread.var() - max(spread.mean(), 0.0), 0.0))), 0.05)
+def _plane(asked: Strain, lattice: FoundLattice, sample: Sample, scan: tuple[int, ...]) -> NDArray[np.float64]:
+    """How the centre of a found lattice wanders over the scan, as `centre_plane` tells it."""
+    still = np.array([asked.center or lattice.center, (0.0, 0.0), (0.0, 0.0)])
+    if asked.a is not None or not scan or lattice.frames.size < ENOUGH:
+        return still
+    return _moving(centre_plane(sample.positions[lattice.frames], scan, lattice.centers), scan, still)
+
+
+def _moving(plane: NDArray[np.float64], scan: tuple[int, ...], still: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The plane, where the centre moves enough over the scan to need one."""
+    moves = np.abs(plane[1:] * np.array([[math.prod(scan[:-1])], [scan[-1]]])).max()
+    return plane if np.isfinite(plane).all() and moves > STEADY else still
+
+
+def _sites(
+    asked: Strain, lattice: FoundLattice, probe: FoundProbe, pixels: tuple[NDArray[np.float64], NDArray[np.bool_]],
+    sample: Sample, wander: tuple[NDArray[np.float64], tuple[int, ...]],
+) -> Sites:  # fmt: skip
+    """Reflections that are there, in frames moved so that the direct beam stays."""
+    (mean, good), (plane, scan) = pixels, wander
+    frames, here = sample.frames, lattice
+    center = asked.center or lattice.center
+    if np.abs(plane[1:]).any():
+        # those that show the lattice are few
+        rows = np.column_stack(np.divmod(sample.positions[lattice.frames], scan[-1]))
+        shifts = np.rint(center - plane[0] - rows @ plane[1:]).astype(int)
+        frames = np.stack(
+            [_shifted(sample.frames[f], *s) for f, s in zip(lattice.frames, shifts.tolist(), strict=True)]
+        )
+        mean = frames.mean(axis=0, dtype=np.float64)
+        here = replace(lattice, frames=np.arange(len(frames)))
+    found = sites(replace(here, center=center), good.shape, probe, mean, good, frames)
+    rank = np.linalg.matrix_rank(np.column_stack([np.ones(len(found.hk)), found.hk]))
+    if len(found.hk) < asked.min_disks or rank < 3:
+        raise DataError(
+            f"{asked.name}: {len(found.hk)} disks of the lattice stand out of the background; {asked.min_disks} that "
+            "span a plane are needed (min_disks). Is the beam on a crystal, are a, b and radius right?"
+        )
+    return found
+
+
+def _shifted(frame: NDArray[Any], down: int, right: int) -> NDArray[Any]:
+    """A frame moved by whole pixels; nothing comes in from beyond the edge."""
+    out = np.zeros_like(frame)
+    height, width = frame.shape
+    if abs(down) < height and abs(right) < width:
+        to = np.s_[max(down, 0) : height + min(down, 0), max(right, 0) : width + min(right, 0)]
+        source = np.s_[max(-down, 0) : height + min(-down, 0), max(-right, 0) : width + min(-right, 0)]
+        out[to] = frame[source]
+    return out
+
+
+# ---- the model
+
+
+def _model(
+    asked: Strain, view: View, sample: Sample, good: NDArray[np.bool_], probe: Probe, used: Sequence[FoundLattice],
+    parts: Sequence[Sites], plane: NDArray[np.float64],
+) -> Model:  # fmt: skip
+    """All that was found and given, before anything is learned."""
+    starts = np.array([[*lattice.center, *lattice.a, *lattice.b] for lattice in used])
+    if asked.center is not None or np.abs(plane[1:]).any():
+        starts[:, :2] = plane[0]
+    return Model(
+        probe,
+        np.concatenate([part.hk for part in parts]).astype(np.float64),
+        np.concatenate([[0], np.cumsum([len(part.hk) for part in parts])]).astype(np.int64),
+        starts,
+        plane[1:].T.copy(),
+        np.zeros(0, np.float32) if good.all() else good.astype(np.float32).reshape(-1),
+        _axes(asked, starts[0, 2:].reshape(2, 2)),
+        view.scan_shape[-1] if view.scan_shape else 1,
+        view.frame_shape,
+        gain=asked.gain,
+        read=read_noise(asked, view, sample),
+        saturation=saturation_of(asked, sample),
+        minimum=asked.min_disks,
+    )
+
+
+def _rims_alone(asked: Strain, model: Model) -> None:
+    """Refuse disks that overlap so much that hardly any of their rims is seen alone."""
+    fit = model.fit()
+    distance = np.hypot(*(fit.pixels - 0.5))
+    rim = np.abs(distance - model.probe.radius) <= 0.5 * max(model.probe.edge, 1.0) + 0.5
+    alone = float(fit.window[rim].mean())
+    if alone < LEAST_ALONE and asked.registration == "lattice":
+        raise DataError(
+            f"{asked.name}: disks of radius {model.probe.radius:.3g} px overlap, {model.spacing:.3g} px apart: of "
+            f"their rims {100 * alone:.0f} % are free of neighbours, the lattice fit needs {100 * LEAST_ALONE:.0f} %; "
+            'use registration = "correlation" or "guided" (less exact), or record with a smaller convergence angle'
+        )
 
 
 def _axes(asked: Strain, lattice: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -248,80 +241,81 @@ def _axes(asked: Strain, lattice: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(axes_matrix(angle) @ undone)
 
 
+def _of_crystal(sample: Sample, used: Sequence[FoundLattice]) -> Sample:
+    """The frames from which is learned: those that show a lattice, unless nearly all do."""
+    shown = np.unique(np.concatenate([lattice.frames for lattice in used]))
+    if shown.size >= 0.95 * used[0].looked:
+        count = len(sample.frames)
+        shown = np.unique(np.linspace(0, count - 1, min(count, 2 * FRAMES)).round().astype(int))
+    return Sample(sample.frames[shown], sample.positions[shown])
+
+
 def _taught(asked: Strain, model: Model, sample: Sample, scan: tuple[int, ...]) -> tuple[Model, float]:
     """The model as the sample teaches it, and the reduced chi^2 that is usual."""
     count = len(model.sites)
     model = replace(
-        model, insides=np.ones((count, 1)), priors=np.tile([0.05**2, 0.2**2, 0.0, 0.0, 0.0], (count, 1))
+        model, insides=np.ones((count, 1)), priors=np.tile([0.05**2, 0.2**2, 0.0, 0.0, 0.0, 0.0], (count, 1))
     )
-    some = np.unique(np.linspace(0, len(sample.frames) - 1, min(len(sample.frames), 2 * FRAMES)).round().astype(int))
-    few = Sample(sample.frames[some], sample.positions[some])
-    rows = cpu_lattice.details(model.fit(), frames_of(few), few.positions)[0]
+    rows = cpu_lattice.details(model.fit(), frames_of(sample), sample.positions)[0]
     fitted = np.isfinite(rows[:, 0])
     if not fitted.any():
+        a, b = model.lattices[0, 2:4].tolist(), model.lattices[0, 4:6].tolist()
         raise DataError(
-            f"{asked.name}: the lattice that was found fits none of {len(rows)} sampled frames; give center, a, b and "
-            "radius, and look at the picture of gpuem check"
+            f"{asked.name}: the lattice a = ({a[0]:.4g}, {a[1]:.4g}), b = ({b[0]:.4g}, {b[1]:.4g}) px (y, x) around "
+            f"({model.lattices[0, 0]:.4g}, {model.lattices[0, 1]:.4g}) with disks of radius {model.probe.radius:.3g} "
+            f"px fits none of {len(rows)} sampled frames with {asked.min_disks} disks (min_disks); the picture of "
+            "gpuem check shows where they are expected. Give other center, a, b and radius, or leave them out"
         )
-    if len(scan) and fitted.sum() >= 8:
-        plane = centre_plane(few.positions, scan, np.where(fitted[:, None], rows[:, :2], np.nan))
-        moves = float(np.abs(plane[1:] * np.array([[np.prod(scan[:-1])], [scan[-1]]])).max())
-        if np.isfinite(plane).all() and moves > STEADY:
+    if scan and fitted.sum() >= ENOUGH:
+        still = np.concatenate([model.lattices[:1, :2], model.drift.T])
+        moving = _moving(centre_plane(sample.positions[fitted], scan, rows[fitted, :2]), scan, still)
+        if moving is not still:
             lattices = model.lattices.copy()
-            lattices[:, :2] = plane[0]
-            model = replace(model, lattices=lattices, drift=plane[1:].T.copy())
+            lattices[:, :2] = moving[0]
+            model = replace(model, lattices=lattices, drift=moving[1:].T.copy())
+    few = Sample(sample.frames[fitted], sample.positions[fitted])
     if asked.learn == "measured":
-        model = replace(model, probe=_measured(model, few, rows))
-    if asked.learn == "nothing":
+        model = replace(model, probe=measured(model, few))
+    if asked.learn in ("nothing", "measured"):
         model = noise_of(model, few)
     else:
-        rim = asked.learn in ("reflections", "disk") and asked.edge is None
-        model = learn(model, few, rim=rim, insides=asked.learn == "reflections")
+        model = learn(model, few, rim=asked.edge is None, insides=asked.learn == "reflections")
     rows = cpu_lattice.details(model.fit(), frames_of(few), few.positions)[0]
-    chi2 = rows[np.isfinite(rows[:, 0]), 10]
+    rows = rows[np.isfinite(rows[:, 0])]
+    chi2, most = rows[:, 10], int(np.diff(model.first).min())
+    if asked.a is not None and len(rows) and np.median(rows[:, 11]) < FEW_FOUND * most:
+        log.warning(
+            "%s: of %d disks of the given lattice a frame shows %.0f (median): is it the right lattice (picture of "
+            "gpuem check)?", asked.name, most, np.median(rows[:, 11])
+        )  # fmt: skip
     return model, float(np.median(chi2)) if chi2.size else 1.0
 
 
-def _measured(model: Model, sample: Sample, rows: NDArray[np.float64]) -> Probe:
-    """The probe as the mean of all disks of a sample, each moved to the middle."""
-    noted = cpu_lattice.details(model.fit(), frames_of(sample), sample.positions)[1]
-    radius = model.probe.radius
-    half = int(np.ceil(radius + 4))
-    step = 2
-    size = 2 * half * step + 1
-    total, weight = np.zeros((size, size)), np.zeros((size, size))
-    height, width = model.shape
-    for f in np.flatnonzero(np.isfinite(rows[:, 0])):
-        grain = int(rows[f, 13])
-        for s in range(model.first[grain], model.first[grain + 1]):
-            level, ground = noted[f, s, 0], noted[f, s, 1]
-            y, x = rows[f, :2] + model.sites[s, 0] * rows[f, 2:4] + model.sites[s, 1] * rows[f, 4:6]
-            top, left = round(y) - half + 1, round(x) - half + 1
-            if level <= 0 or top < 0 or left < 0 or top + 2 * half - 2 >= height or left + 2 * half - 2 >= width:
-                continue
-            part = sample.frames[f, top : top + 2 * half - 2, left : left + 2 * half - 2].astype(np.float64) - ground
-            for array, values in ((total, part), (weight, np.full(part.shape, level))):
-                _splat(array, values, (top - y + half) * step, (left - x + half) * step, step)
-    known = weight > 0
-    image = np.where(known, total / np.where(known, weight, 1.0), 0.0)
-    # back to whole pixels: the image is smooth on that scale where it was filled
-    pixels = image[::step, ::step]
-    return ProbePicture(np.maximum(pixels, 0.0), (float(half), float(half)), radius, model.probe.edge)
-
-
-def _splat(array: NDArray[np.float64], values: NDArray[np.float64], y: float, x: float, step: int) -> None:
-    """Add values to an image with `step` samples a pixel, each shared by its four neighbours."""
-    rows = y + step * np.arange(values.shape[0])
-    columns = x + step * np.arange(values.shape[1])
-    r, c = np.floor(rows).astype(int), np.floor(columns).astype(int)
-    for dr in (0, 1):
-        wr = np.where(dr, rows - r, 1 - rows + r)
-        for dc in (0, 1):
-            wc = np.where(dc, columns - c, 1 - columns + c)
-            ok_r, ok_c = (r + dr >= 0) & (r + dr < len(array)), (c + dc >= 0) & (c + dc < len(array))
-            array[np.ix_(r[ok_r] + dr, c[ok_c] + dc)] += (wr[:, None] * wc * values)[np.ix_(ok_r, ok_c)]
+# ---- in words
 
 
 def _refined(found: FoundProbe, model: Model) -> FoundProbe:
     """The probe in words, with the radius that was learned."""
-    return replace(found, radius=float(model.probe.radius), edge=float(model.probe.edge), center=tuple(model.lattices[0, :2]))
+    center = tuple(model.lattices[0, :2].tolist())
+    return replace(found, radius=float(model.probe.radius), edge=float(model.probe.edge), center=center)
+
+
+def _wander(model: Model, scan: tuple[int, ...]) -> float:
+    """How far the centre moves over the scan, in px."""
+    return float(np.hypot(*(model.drift @ [math.prod(scan[:-1]) - 1, scan[-1] - 1]))) if scan else 0.0
+
+
+def _lines(
+    asked: Strain, probe: FoundProbe, lattices: Sequence[FoundLattice], used: Sequence[FoundLattice],
+    parts: Sequence[Sites], wander: float,
+) -> list[str]:  # fmt: skip
+    """What was found."""
+    second = [lattice for lattice in lattices if lattice.kind == "second"]
+    lines = describe(probe, [*used, *second], parts[0])
+    if asked.a is not None:
+        # nobody looked how much of the data it explains
+        told = [line.partition(", explains")[0] + ", as given" for line in lines[1:]]
+        lines = [lines[0], f"{told[0]}, {parts[0].describe()}", *told[1:]]
+    if wander > STEADY:
+        lines.append(f"the beam wanders by {wander:.1f} px over the scan, which is followed")
+    return lines

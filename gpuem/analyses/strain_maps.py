@@ -19,7 +19,7 @@ from gpuem.backends.lattice_fit import COLUMNS
 from gpuem.errors import DataError
 
 if TYPE_CHECKING:
-    from gpuem.analyses.learning import Model
+    from gpuem.analyses.lattice_model import Model
     from gpuem.analyses.strain import Strain
 
 log = logging.getLogger("gpuem")
@@ -131,7 +131,7 @@ class StrainFit:
             return found
         from gpuem.analyses.positions import lattices_of
 
-        return lattices_of(self.asked.registration, found, valid, self.model)
+        return lattices_of(self.asked.registration, found, valid, self.model, self.asked.power)
 
     def _known(self, rows: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Where there is a lattice to be believed."""
@@ -141,7 +141,8 @@ class StrainFit:
                 part = rows[start : start + _CHUNK]
                 sigma = part[:, _SIGMAS : _SIGMAS + 3].max(axis=1)
                 fits = np.isfinite(part[:, :CHI2]).all(axis=1) & (sigma <= self.asked.max_sigma)
-                known[start : start + _CHUNK] &= fits & (part[:, CHI2] <= self.max_chi2)
+                # where there is none, it can't be too large
+                known[start : start + _CHUNK] &= fits & ~(part[:, CHI2] > self.max_chi2)
         return known
 
     def _reference(self, rows: NDArray[np.float32], mine: NDArray[np.bool_]) -> tuple[NDArray[np.float64], str]:
