@@ -162,7 +162,7 @@ def ask_blobfinder(given, path, pattern, repeats, *settings_and_executors):
 
 def blobfinder(given, path, theta, pattern, bound):
     """All settings and executors; the fastest, and the most exact."""
-    told = ask_blobfinder(given, path, pattern, given.repeats, "all")
+    told = ask_blobfinder(given, path, pattern, given.repeats, given.settings)
     rows = []
     for setting, one in told["settings"].items():
         executor, rate = max(one["patterns_per_s"].items(), key=lambda item: item[1])
@@ -358,6 +358,7 @@ def show(label, row):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blobfinder", help="python of an environment with libertem-blobfinder 0.6.1")
+    parser.add_argument("--settings", default="all", help="of blobfinder, such as fast/Circular,sparse/Circular")
     parser.add_argument("--py4dstem", help="python of an environment with py4DSTEM")
     parser.add_argument("--sim", type=Path, help="folder with set A, strainA_Au001*")
     parser.add_argument("--rows", type=int, default=16, help="of 128 patterns each, of the file that is timed")

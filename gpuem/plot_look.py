@@ -55,7 +55,7 @@ def figure_of_look(found: StrainFit) -> Figure:
     lattices = [parts[0][0]]
     if picture.second is not None:
         lattices.append(Lattice(*picture.second))
-    disk = Disk(parts[0][0].center, float(model.probe.radius), float(model.probe.edge))
+    disk = Disk(parts[0][0].center, float(model.probe.radius), float(model.probe.width))
     return look_figure(picture.mean, disk, lattices, parts[0][1], grains=parts[1:], title=found.name)
 
 

@@ -197,17 +197,18 @@ def fit_frames(peaks: Array, starts: Array, bases: Array) -> tuple[Array, Array,
     size = np.sqrt(np.abs(area))[:, None]
     index, near = np.zeros_like(places), there
     for order, tolerance in ((1.5, 0.25), (2.5, 0.2), (4.5, 0.17), (np.inf, TOLERANCE), (np.inf, TOLERANCE)):
-        exact = np.einsum("fki,fij->fkj", places - thetas[:, None, 0], np.linalg.inv(thetas[:, 1:]))
+        exact = (places - thetas[:, None, 0]) @ np.linalg.inv(thetas[:, 1:])
         index = np.rint(exact)
-        off = np.hypot(*np.moveaxis(np.einsum("fki,fij->fkj", exact - index, thetas[:, 1:]), -1, 0))
+        off = np.hypot(*np.moveaxis((exact - index) @ thetas[:, 1:], -1, 0))
         near = there & (off < tolerance * size)
         far = np.hypot(*np.moveaxis(places - thetas[:, None, 0], -1, 0)) / size
         w = heights * (near & (far < order))
         design = np.concatenate([np.ones_like(index[..., :1]), index], axis=2)
-        normal = np.einsum("fki,fk,fkj->fij", design, w, design)
+        weighted = (design * w[..., None]).swapaxes(1, 2)
+        normal = weighted @ design
         # little by little what isn't seen stays as it was
         keep = 1e-3 * heights.sum(axis=1)[:, None, None] * np.eye(3) / max(1, heights.shape[1]) + 1e-9 * np.eye(3)
-        right = np.einsum("fki,fk,fkj->fij", design, w, places) + keep @ thetas
+        right = weighted @ places + keep @ thetas
         trial = np.linalg.solve(normal + keep, right)
         sane = np.abs(np.linalg.det(trial[:, 1:]) / area - 1) < 0.3
         thetas = np.where(sane[:, None, None], trial, thetas)

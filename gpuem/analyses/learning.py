@@ -62,7 +62,7 @@ def learn(model: Model, sample: Sample, *, rim: bool = True, insides: bool = Tru
     some = np.linspace(0, len(sample.frames) - 1, min(len(sample.frames), FRAMES)).round().astype(int)
     few = Sample(sample.frames[some], sample.positions[some])
     # all disks share their rim
-    fewer = Sample(few.frames[::2], few.positions[::2])
+    fewer = Sample(few.frames[::3], few.positions[::3])
     if rim and isinstance(model.probe, Disk):
         sharp = replace(model.probe, rim="pixel", edge=0.3 * max(model.probe.edge - 1.0, 0.0))
         kinds = [

@@ -40,6 +40,11 @@ class Disk:
     ratio: float = 1.0
     angle: float = 0.0
 
+    @property
+    def width(self) -> float:
+        """Full width of the rim, in px: that of a ramp with the same standard deviation."""
+        return self.edge if self.rim == "ramp" else math.sqrt(1 + 12 * self.edge**2)
+
     def image(self, half: int, oversampling: int = PHASES) -> NDArray[np.float64]:
         """The probe for windows that reach `half` px from its centre."""
         size = 2 * (half + 1) * oversampling + 1
@@ -52,9 +57,7 @@ class Disk:
             return np.asarray(np.clip((self.radius - distance) / max(self.edge, 1e-3) + 0.5, 0, 1))
         sharp = np.clip((self.radius - distance) * oversampling * fine + 0.5, 0, 1)
         image = sharp.reshape(size, fine, size, fine).mean(axis=(1, 3))
-        box = np.ones(oversampling + 1)
-        box[[0, -1]] = 0.5
-        return blurred(smoothed(image, box / box.sum()), self.edge * oversampling)
+        return blurred(_over_pixels(image, oversampling), self.edge * oversampling)
 
     def _distance(self, places: NDArray[np.float64]) -> NDArray[np.float64]:
         """Distance from the centre, in units in which the rim lies at `radius`."""
@@ -89,6 +92,11 @@ class Picture:
     edge: float = 1.0
     step: int = 1
 
+    @property
+    def width(self) -> float:
+        """Full width of the rim, in px."""
+        return self.edge
+
     def image(self, half: int, oversampling: int = PHASES) -> NDArray[np.float64]:
         """The probe for windows that reach `half` px from its centre, by cubic interpolation; 1 on average inside."""
         size = 2 * (half + 1) * oversampling + 1
@@ -122,6 +130,17 @@ def _cubic(places: NDArray[np.float64], size: int) -> NDArray[np.float64]:
         there = (column >= 0) & (column < size)
         np.add.at(out, (row[there], column[there]), weight[there])
     return out
+
+
+def _over_pixels(image: NDArray[np.float64], samples: int) -> NDArray[np.float64]:
+    """An image averaged over squares of a pixel, whose edges lie on half samples at either end."""
+    half = samples // 2
+    for _ in range(2):
+        padded = np.pad(image, ((half + 1, half), (0, 0)))
+        sums = np.cumsum(padded, axis=0)
+        wide, narrow = sums[2 * half + 1 :] - sums[: -2 * half - 1], sums[2 * half : -1] - sums[1 : -2 * half]
+        image = (0.5 * (wide + narrow) / samples).T
+    return image
 
 
 def smoothed(image: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:

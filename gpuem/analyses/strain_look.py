@@ -90,7 +90,7 @@ def look(asked: Strain, view: View, sample: Sample) -> StrainFit:
     facts = {
         "registration": asked.registration,
         "probe_radius_px": float(model.probe.radius),
-        "probe_edge_px": float(model.probe.edge),
+        "probe_edge_px": float(model.probe.width),
         "disks_fitted": len(model.sites),
         "max_chi2": float(limit) if np.isfinite(limit) else None,
         "axes_deg": float(np.degrees(np.arctan2(-model.axes[1, 0], model.axes[0, 0]))),
@@ -297,7 +297,7 @@ def _taught(asked: Strain, model: Model, sample: Sample, scan: tuple[int, ...]) 
 def _refined(found: FoundProbe, model: Model) -> FoundProbe:
     """The probe in words, with the radius that was learned."""
     center = tuple(model.lattices[0, :2].tolist())
-    return replace(found, radius=float(model.probe.radius), edge=float(model.probe.edge), center=center)
+    return replace(found, radius=float(model.probe.radius), edge=float(model.probe.width), center=center)
 
 
 def _wander(model: Model, scan: tuple[int, ...]) -> float:
