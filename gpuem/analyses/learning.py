@@ -20,7 +20,8 @@ from gpuem.analyses.lattice_model import Model
 from gpuem.analyses.modes import number_of, order_of, zernike
 from gpuem.analyses.probe import Disk, Probe
 from gpuem.backends import Frames, cpu_lattice
-from gpuem.backends.lattice_fit import COARSE_PHASES
+from gpuem.backends.cpu_lattice import BACKGROUND, INFORMATION, INTENSITY, SLOPE
+from gpuem.backends.lattice_fit import COARSE_PHASES, PHASES
 from gpuem.codecs.compiled import compiled
 
 # modes of a disk's inside, up to this order
@@ -36,6 +37,14 @@ LEAST_EDGE = {"ramp": 0.4, "pixel": 0.0}
 ROUNDS = 3
 # frames that are enough for rim and insides
 FRAMES = 64
+
+
+def untaught(model: Model) -> Model:
+    """A model with flat disks, and with priors that fit most data."""
+    count = len(model.sites)
+    return replace(
+        model, insides=np.ones((count, 1)), priors=np.tile([0.05**2, 0.2**2, 0.0, 0.0, 0.0, 0.0], (count, 1))
+    )
 
 
 def learn(model: Model, sample: Sample, *, rim: bool = True, insides: bool = True) -> Model:
@@ -56,9 +65,7 @@ def learn(model: Model, sample: Sample, *, rim: bool = True, insides: bool = Tru
         The model with the smaller misfit of the two kinds of rim, with the noise that was found.
     """
     count = len(model.sites)
-    start = replace(
-        model, insides=np.ones((count, 1)), priors=np.tile([0.05**2, 0.2**2, 0.0, 0.0, 0.0, 0.0], (count, 1))
-    )
+    start = untaught(model)
     some = np.linspace(0, len(sample.frames) - 1, min(len(sample.frames), FRAMES)).round().astype(int)
     few = Sample(sample.frames[some], sample.positions[some])
     # all disks share their rim
@@ -117,7 +124,8 @@ def _sums_of(model: Model, sample: Sample, fitted: Any = None) -> tuple[Any, Any
     modes = model.insides.shape[1]
     count = len(model.sites)
     half = int(fit.pixels.max())
-    images = _derivatives(model.probe, half)
+    # where the model error alone is wanted, nothing is improved
+    images = _derivatives(model.probe, half) if fitted is None else model.probe.image(half)[None]
     grid = np.arange(-COARSE_PHASES * (half + 1), COARSE_PHASES * (half + 1) + 1) / COARSE_PHASES / model.rim
     # one pixel's modes lie together in memory, and so do the images
     basis = np.moveaxis(zernike(*np.meshgrid(grid, grid, indexing="ij"), order_of(modes)), 0, -1)
@@ -125,7 +133,6 @@ def _sums_of(model: Model, sample: Sample, fitted: Any = None) -> tuple[Any, Any
     normal, right = np.zeros((count, modes + len(STEPS), modes + len(STEPS))), np.zeros((count, modes + len(STEPS)))
     error = np.zeros((count, 4))
     if fitted is not None:
-        # the model error alone is wanted
         normal, right = normal[:, :0], right[:, :0]
     noise = np.array([model.gain, model.read**2, model.saturation, model.probe.radius])
     _accumulate(
@@ -211,8 +218,8 @@ def _accumulate(frames: Any, out: Any, noted: Any, model: Any, probe: Any, noise
             continue
         grain = int(out[f, 13])
         for s in range(first[grain], first[grain + 1]):
-            level, ground = noted[f, s, 0], noted[f, s, 1]
-            if level <= 0 or noted[f, s, 2] <= 0:
+            level, ground = noted[f, s, INTENSITY], noted[f, s, BACKGROUND]
+            if level <= 0 or noted[f, s, INFORMATION] <= 0:
                 continue
             cy = out[f, 0] + sites[s, 0] * out[f, 2] + sites[s, 1] * out[f, 4]
             cx = out[f, 1] + sites[s, 0] * out[f, 3] + sites[s, 1] * out[f, 5]
@@ -224,17 +231,18 @@ def _accumulate(frames: Any, out: Any, noted: Any, model: Any, probe: Any, noise
                 value = pixels[starts[f] + y * shape[1] + x]
                 if value >= noise[2] or (good.size > 0 and good[y * shape[1] + x] == 0):
                     continue
-                at_y, at_x = (y - cy) * 16 + middle, (x - cx) * 16 + middle
+                at_y, at_x = (y - cy) * PHASES + middle, (x - cx) * PHASES + middle
                 if at_y < 0 or at_x < 0 or at_y >= 2 * middle or at_x >= 2 * middle:
                     continue
                 m, n = int(at_y + 0.5), int(at_x + 0.5)
-                mode = basis[int((y - cy) * 4 + coarse + 0.5), int((x - cx) * 4 + coarse + 0.5)]
+                down, across = (y - cy) * COARSE_PHASES + coarse, (x - cx) * COARSE_PHASES + coarse
+                mode = basis[int(down + 0.5), int(across + 0.5)]
                 image = images[m, n]
                 inside = 0.0
                 for c in range(modes):
                     inside += insides[s, c] * mode[c]
                 disk = image[0]
-                slope = 1 + (noted[f, s, 8] * (y - cy) + noted[f, s, 9] * (x - cx)) / noise[3]
+                slope = 1 + (noted[f, s, SLOPE] * (y - cy) + noted[f, s, SLOPE + 1] * (x - cx)) / noise[3]
                 mu = ground + level * disk * inside
                 plain = noise[0] * max(mu, 0.0) + noise[1]
                 w = 1 / (plain + (0.03 * level) ** 2)

@@ -16,7 +16,7 @@ from gpuem.analyses.deformation import axes_matrix, ellipse_matrix
 from gpuem.analyses.lattice_finding import FoundLattice, find_lattice
 from gpuem.analyses.lattice_model import Model
 from gpuem.analyses.lattice_sites import Sites, centre_plane, describe, sites
-from gpuem.analyses.learning import FRAMES, frames_of, learn, noise_of
+from gpuem.analyses.learning import FRAMES, frames_of, learn, noise_of, untaught
 from gpuem.analyses.positions import registration_of
 from gpuem.analyses.probe import Probe
 from gpuem.analyses.probe_finding import FoundProbe
@@ -252,10 +252,7 @@ def _of_crystal(sample: Sample, used: Sequence[FoundLattice]) -> Sample:
 
 def _taught(asked: Strain, model: Model, sample: Sample, scan: tuple[int, ...]) -> tuple[Model, float]:
     """The model as the sample teaches it, and the reduced chi^2 that is usual."""
-    count = len(model.sites)
-    model = replace(
-        model, insides=np.ones((count, 1)), priors=np.tile([0.05**2, 0.2**2, 0.0, 0.0, 0.0, 0.0], (count, 1))
-    )
+    model = untaught(model)
     rows = cpu_lattice.details(model.fit(), frames_of(sample), sample.positions)[0]
     fitted = np.isfinite(rows[:, 0])
     if not fitted.any():
