@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
+import os
+import signal
 import sys
 import time
 import tomllib
@@ -15,7 +17,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from gpuem.errors import GpuemError
+from gpuem.cli_slurm import slurm
+from gpuem.cli_status import status
+from gpuem.errors import GpuemError, RecipeError, ResumableError
 from gpuem.progress import Progress, duration, err, rate
 
 if TYPE_CHECKING:
@@ -29,6 +33,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Stream detector frames once and leave maps behind: virtual detectors, centre of mass, strain.",
 )
+# EX_TEMPFAIL: try again later
+RESUMABLE = 75
 out = Console(highlight=False, soft_wrap=True)
 
 
@@ -62,11 +68,46 @@ def _options(
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file.")],
-    overwrite: Annotated[bool, typer.Option(help="Replace a result that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a result, forget an unfinished run.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was stopped; else begin.")] = False,
+    workers: Annotated[str | None, typer.Option(metavar="N|all", help="Worker processes to start.")] = None,
+    scheduler: Annotated[str | None, typer.Option(metavar="ADDRESS|FILE", help="Use its Dask workers.")] = None,
+    ranked: Annotated[
+        bool, typer.Option("--rank-from-env", help="One of several processes that srun, mpirun or torchrun started.")
+    ] = False,
+    data: Annotated[str | None, typer.Option("--input", help="The data, instead of what the recipe says.")] = None,
 ) -> None:
-    """Run a recipe and save its maps."""
-    found, where = _run(recipe, overwrite)
+    """Run a recipe and save its maps. What is finished is kept: exit code 75 says that --resume goes on."""
+    count = int(workers) if workers and workers.isdigit() else workers
+    changes = {"workers": count, "scheduler": scheduler, "input": data}
+    if ranked:
+        rank = _rank(recipe, changes)
+        if rank is None:
+            return
+        changes["rank"] = rank
+    found, where = _run(recipe, overwrite=overwrite, resume=resume, **changes)
     _report(found, where)
+
+
+def _rank(recipe: Path, changes: dict[str, Any]) -> Any:
+    """The rank of this process, if it is the one that makes the result; any other one does its share here."""
+    from gpuem import job
+    from gpuem.executors import ranks
+
+    if changes["workers"] is not None or changes["scheduler"] is not None:
+        raise RecipeError("--rank-from-env: the ranks are the workers; leave out --workers and --scheduler")
+    rank = ranks.from_environment()
+    ranks.choose_gpu(os.environ)
+    if rank.number == 0:
+        return rank
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        job.assist_recipe(recipe, rank, **changes)
+    except KeyboardInterrupt as error:
+        raise ResumableError(
+            f"rank {rank.number}: {error or 'stopped by Ctrl-C'}; its finished shards are kept"
+        ) from None
+    return None
 
 
 @app.command()
@@ -136,7 +177,6 @@ def selftest(
 ) -> None:
     """Measure synthetic patterns of known strain: error over the Cramer-Rao bound, and patterns per second, here."""
     from gpuem import selftest as tests
-    from gpuem.errors import RecipeError
 
     if what != "strain" or device not in ("auto", "cuda", "cpu"):
         raise RecipeError(f"selftest {what} --device {device}: there is strain, on auto, cuda or cpu")
@@ -150,6 +190,10 @@ def selftest(
     out.print("Strain of synthetic patterns: 256 x 256 pixels, 25 disks")
     out.print(tests.table(rows))
     out.print(tests.LEGEND)
+
+
+app.command()(slurm)
+app.command()(status)
 
 
 @app.command()
@@ -251,19 +295,26 @@ def demo(folder: Annotated[Path, typer.Argument(help="Where to write the demo; i
         raise typer.Exit(1)
 
 
-def _run(recipe: Path, overwrite: bool) -> tuple[Results, Path]:
+def _run(recipe: Path, **options: Any) -> tuple[Results, Path]:
     from gpuem import job
 
+    signal.signal(signal.SIGTERM, _stop)
+    run = job.lead_recipe if "rank" in options else job.run_recipe
     try:
-        found, where = job.run_recipe(recipe, overwrite=overwrite, watch=Progress)
+        found, where = run(recipe, watch=Progress, **options)
     except KeyboardInterrupt:
-        err.print("stopped; nothing was written")
-        raise typer.Exit(130) from None
+        err.print("stopped before the first frame was computed; run it again")
+        raise typer.Exit(RESUMABLE) from None
     # as it was run, not as the file may read by now
     asked = tomllib.loads(found.provenance["recipe"])
     if asked["output"].get("previews", True):
         _previews(found, where)
     return found, where
+
+
+def _stop(number: int, frame: object) -> None:
+    # schedulers send it before the time limit
+    raise KeyboardInterrupt("stopped by SIGTERM")
 
 
 def _previews(found: Results, where: Path) -> None:
@@ -371,6 +422,9 @@ def main() -> None:
     atexit.register(gc.freeze)
     try:
         app(standalone_mode=True)
+    except ResumableError as error:
+        err.print(f"[bold yellow]ended early:[/bold yellow] {escape(str(error))}")
+        sys.exit(RESUMABLE)
     except GpuemError as error:
         err.print(f"[bold red]error:[/bold red] {escape(str(error))}")
         sys.exit(2)

@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from gpuem.correction import Dead, Image
 from gpuem.engine import describe
 from gpuem.errors import DataError, InputError, RecipeError
 from gpuem.formats import array, read_header
+from gpuem.formats.remote import Url, place
 from gpuem.formats.source import Source
 from gpuem.storage.host import Files
 
@@ -189,7 +189,7 @@ class Dataset:
 
 
 def open(  # noqa: A001
-    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    path: str | os.PathLike[str] | Url | Sequence[str | os.PathLike[str] | Url],
     *,
     scan: Sequence[int] | None = None,
     skip: int = 0,
@@ -202,8 +202,9 @@ def open(  # noqa: A001
 
     Parameters
     ----------
-    path : path or sequence of paths
-        A file, or several that belong together in this order.
+    path : path, URL or sequence of them
+        A file, or several that belong together in this order. ``s3://``, ``gs://``, ``az://``, ``https://`` and
+        ``http://`` are read over the network, by ranges.
     scan : sequence of int
         Shape of the scan where the file doesn't say, or to reshape it.
     skip : int
@@ -231,11 +232,11 @@ def open(  # noqa: A001
     RecipeError
         An option is unknown or impossible.
     """
-    many = [path] if isinstance(path, str | os.PathLike) else list(path)
+    many = [path] if isinstance(path, str | os.PathLike | Url) else list(path)
     if not many:
         raise RecipeError("path: no file is given")
     options = {key: value for key, value in options.items() if value is not None}
-    paths = tuple(Path(p).expanduser() for p in many)
+    paths = tuple(place(p) for p in many)
     source = read_header(paths, format, scan, **({"fit": True} if fit else {}), **options)
     return arrange(source, scan, skip, fit, calibration)
 

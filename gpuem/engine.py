@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import threading
 import time
 from collections.abc import Iterable
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 
 from gpuem import tiles
 from gpuem.backends import Block, Lost, Sums, Weights
-from gpuem.errors import DataError
+from gpuem.errors import DataError, ReadError
 from gpuem.formats.source import Box, Chunks, Piece, Runs, Source
 from gpuem.storage.host import Files
 
@@ -51,6 +53,8 @@ class Job:
         Set when the run is to end early.
     transfer : {"auto", "pinned", "gds"}
         How bytes reach a GPU.
+    patience : float
+        Seconds for which a shard is tried again where storage fails, and after which it seems to hang.
     facts : dict
         What becomes known only while it runs, as plain values for the result.
     """
@@ -67,38 +71,73 @@ class Job:
     give_back: bool = True
     stop: threading.Event = field(default_factory=threading.Event)
     transfer: str = "auto"
+    patience: float = 120.0
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Partial:
-    """What one shard leaves behind: sums of the frames at `positions`, and what was lost on the way."""
+    """What one shard leaves behind.
+
+    Parameters
+    ----------
+    shard : int
+        Which one.
+    positions : (n,) int64
+        Flat scan positions of its frames.
+    sums : Sums
+        One row per frame.
+    lost : tuple of Lost
+        What was lost on the way.
+    seconds : dict of str to float
+        Time by stage: read, copy, decode, compute, wait; those that can be told apart.
+    worker : str
+        Host, process and thread that ran it.
+    began, ended : float
+        When, in seconds of the epoch.
+    """
 
     shard: int
     positions: NDArray[np.int64]
     sums: Sums
     lost: tuple[Lost, ...]
     seconds: dict[str, float]
+    worker: str = ""
+    began: float = 0.0
+    ended: float = 0.0
 
 
 class StoppedError(Exception):
     """The run ends early; a shard in work was dropped."""
 
 
-def run_shard(job: Job, index: int) -> Partial:
+def run_shard(job: Job, index: int, *, last_try: bool = False) -> Partial:
     """Run one shard.
+
+    Parameters
+    ----------
+    job : Job
+        What all shards share.
+    index : int
+        Which one.
+    last_try : bool
+        Frames whose bytes don't come are broken frames like others; else the shard is to be tried again.
 
     Raises
     ------
+    ReadError
+        Bytes don't come, and it is not the last try.
     DataError
         A frame can't be read or holds NaN, and `on_error` is "stop".
     """
+    began = time.time()
     shard = job.plan.shards[index]
     piece, tile = job.source.pieces[shard.piece], job.plan.tiles[shard.piece]
+    before = job.files.read_seconds()
     sums = job.backend.new_sums(job.prepared, shard.frames)
     positions = np.empty(shard.frames, np.int64)
     lost: list[Lost] = []
-    seconds = {"load": 0.0, "compute": 0.0}
+    seconds = {"read": 0.0, "decode": 0.0, "compute": 0.0}
     done = 0
     extents = _extents(job.source, piece, tile, shard)
     # with a region of interest, only what is touched is read
@@ -113,9 +152,9 @@ def run_shard(job: Job, index: int) -> Partial:
         start = time.perf_counter()
         for item in job.backend.load(job.source, job.files, piece, box, keep):
             loaded = time.perf_counter()
-            seconds["load"] += loaded - start
+            seconds["decode"] += loaded - start
             if isinstance(item, Lost):
-                lost.append(_refuse_or_mask(job, item))
+                lost.append(_refuse_or_mask(job, item, last_try))
             else:
                 good, bad = _without_unusable(job, item)
                 lost.extend(bad)
@@ -128,7 +167,15 @@ def run_shard(job: Job, index: int) -> Partial:
     if job.give_back and isinstance(piece.layout, Runs):
         for extent in extents:
             job.files.release(*extent)
-    return Partial(index, positions[:done], filled(job.backend.fetch(sums), done), tuple(lost), seconds)
+    seconds["read"] = job.files.read_seconds() - before
+    seconds["decode"] = max(seconds["decode"] - seconds["read"], 0.0)
+    found = filled(job.backend.fetch(sums), done)
+    return Partial(index, positions[:done], found, tuple(lost), seconds, here(), began, time.time())
+
+
+def here() -> str:
+    """Host, process and thread: who runs a shard."""
+    return f"{platform.node()}:{os.getpid()}:{threading.current_thread().name}"
 
 
 def wanted_in(job: Job, piece: Piece, box: Box) -> NDArray[np.bool_]:
@@ -154,7 +201,9 @@ def _without_unusable(job: Job, block: Block) -> tuple[Block, list[Lost]]:
     return Block(frames, block.indices[good]), [_refuse_or_mask(job, Lost(block.indices[~good], reason))]
 
 
-def _refuse_or_mask(job: Job, item: Lost) -> Lost:
+def _refuse_or_mask(job: Job, item: Lost, last_try: bool = True) -> Lost:
+    if item.reading and not last_try:
+        raise ReadError(item.message, tuple(item.indices.tolist()))
     if item.broken and job.on_error == "stop":
         name = job.source.files[0].path if job.source.files else "array"
         raise DataError(
@@ -214,6 +263,10 @@ class Totals:
         Bytes of decoded frames that were used.
     seconds : dict of str to float
         Time per stage, summed over threads.
+    waiting : dict of int to (total, maximum)
+        Images over frames of float data that came before their turn, by shard.
+    turn : int
+        The shard whose image over frames comes next.
     """
 
     sums: Sums
@@ -221,27 +274,41 @@ class Totals:
     lost: list[Lost] = field(default_factory=list)
     nbytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    waiting: dict[int, tuple[NDArray[Any], NDArray[Any]]] = field(default_factory=dict)
+    turn: int = 0
 
 
 def combine(job: Job, partials: Iterable[Partial]) -> Totals:
-    """Put partial results, which must come in the order of shards, where they belong."""
-    totals: Totals | None = None
+    """Put the partial results of all shards, in whatever order they come, where they belong."""
+    totals = _empty_totals(job)
     for partial in partials:
-        if totals is None:
-            totals = _empty_totals(job)
-        sums, part = totals.sums, partial.sums
-        for name in ("masks", "images", "moments"):
-            getattr(sums, name)[partial.positions] = getattr(part, name)
-        for rows, found in zip(sums.fits, part.fits, strict=True):
-            rows[partial.positions] = found
-        sums.total += part.total
-        np.maximum(sums.maximum, part.maximum, out=sums.maximum)
-        totals.valid[partial.positions] = True
-        totals.lost.extend(partial.lost)
-        totals.nbytes += partial.positions.size * job.source.frame_nbytes
-        for stage, seconds in partial.seconds.items():
-            totals.seconds[stage] = totals.seconds.get(stage, 0.0) + seconds
-    return totals or _empty_totals(job)
+        _add(job, totals, partial)
+    totals.lost.sort(key=lambda item: int(item.indices[0]))
+    return totals
+
+
+def in_order(job: Job) -> bool:
+    """Whether images over frames must be added in the order of shards: sums of floats depend on it, in the last bits."""
+    return job.prepared.dtype.kind == "f" and bool(job.prepared.weights.total or job.prepared.weights.maximum)
+
+
+def _add(job: Job, totals: Totals, partial: Partial) -> None:
+    sums, part = totals.sums, partial.sums
+    for name in ("masks", "images", "moments"):
+        getattr(sums, name)[partial.positions] = getattr(part, name)
+    for rows, found in zip(sums.fits, part.fits, strict=True):
+        rows[partial.positions] = found
+    totals.waiting[partial.shard] = part.total, part.maximum
+    while (now := totals.turn if in_order(job) else next(iter(totals.waiting), -1)) in totals.waiting:
+        total, maximum = totals.waiting.pop(now)
+        sums.total += total
+        np.maximum(sums.maximum, maximum, out=sums.maximum)
+        totals.turn += 1
+    totals.valid[partial.positions] = True
+    totals.lost.extend(partial.lost)
+    totals.nbytes += partial.positions.size * job.source.frame_nbytes
+    for stage, seconds in partial.seconds.items():
+        totals.seconds[stage] = totals.seconds.get(stage, 0.0) + seconds
 
 
 def _empty_totals(job: Job) -> Totals:

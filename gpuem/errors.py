@@ -5,13 +5,17 @@ GpuemError
   InputError     a file can't be used: missing, empty, alien, its header and size disagree
     TruncatedError   fewer whole frames than the header or the scan promises
   DataError      the bytes are there but broken: a corrupt chunk, NaN in a frame
+    ReadError        the bytes can't be had now: the device, the network or the server fails; it may pass
   PlanError      the job doesn't fit: memory needed and memory allowed, in numbers
   DeviceError    a GPU is absent, full or lost
   OutputError    the result can't be written: it exists, the disk is full, no permission
+  ResumableError   the run ended early; what is finished is saved, and the next run can go on there
 
 Every message says what happened, where, with the numbers, and what to do. The command line turns each of them into
-exit code 2.
+exit code 2, but ResumableError into 75, which schedulers read as "try again".
 """
+
+from __future__ import annotations
 
 
 class GpuemError(Exception):
@@ -41,6 +45,9 @@ class TruncatedError(InputError):
         super().__init__(message)
         self.whole = whole
 
+    def __reduce__(self) -> tuple[type[TruncatedError], tuple[str, int]]:
+        return type(self), (str(self), self.whole)
+
 
 class DataError(GpuemError):
     """Bytes that were read are broken.
@@ -58,6 +65,10 @@ class DataError(GpuemError):
         self.frames = frames
 
 
+class ReadError(DataError):
+    """Bytes can't be had now: the device, the network or the server fails. Trying again, or elsewhere, may help."""
+
+
 class PlanError(GpuemError):
     """The job doesn't fit into the memory it may use."""
 
@@ -68,3 +79,7 @@ class DeviceError(GpuemError):
 
 class OutputError(GpuemError):
     """The result can't be written."""
+
+
+class ResumableError(GpuemError):
+    """The run ended early; what is finished is saved, and the next run can go on there."""

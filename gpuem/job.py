@@ -6,26 +6,29 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuem import backends, dataset, engine, recipe, results, tiles
+from gpuem import backends, dataset, engine, executors, identity, keeping, recipe, results, run_folder, tiles
 from gpuem.analyses import Analysis, Looking, Map, View
 from gpuem.backends import Device, Sums, Weights
 from gpuem.dataset import Dataset
-from gpuem.errors import DataError, PlanError, RecipeError
-from gpuem.executors import local
+from gpuem.errors import DataError, InputError, PlanError, RecipeError
+from gpuem.executors import Crew, local, ranks
+from gpuem.executors.dispatch import no_report
+from gpuem.keeping import Progress
 from gpuem.look import sample, sample_nbytes
-from gpuem.provenance import provenance
+from gpuem.provenance import provenance, version
 from gpuem.region import Roi, region, summary
 from gpuem.results import Results
+from gpuem.run_folder import RunFolder
 
 log = logging.getLogger("gpuem")
-Progress = Callable[[int], None]
+Watch = Callable[[Dataset, int], AbstractContextManager[Progress | None]]
 Asked = Analysis | Looking
 
 
@@ -37,6 +40,9 @@ class Options(TypedDict, total=False):
     device_memory: str | int | None
     transfer: Literal["auto", "pinned", "gds"]
     on_error: engine.OnError
+    workers: int | Literal["all"] | None
+    scheduler: str | None
+    patience: float
 
 
 def run(
@@ -46,6 +52,8 @@ def run(
     roi: Roi = None,
     device: Device = "auto",
     progress: Progress | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     **options: Unpack[Options],
 ) -> Results:
     """Stream frames once and compute all analyses.
@@ -61,7 +69,11 @@ def run(
     device : {"auto", "cuda", "cpu"}
         Where to compute.
     progress : callable
-        Called with the number of frames of every shard that is done; on a CPU from worker threads.
+        Called with the number of frames of every shard that is done.
+    folder : path
+        Keep finished shards in this folder, and the log of the run; remove it when the result is saved.
+    resume : bool
+        Go on where a run of the same was stopped that kept its shards in `folder`.
     threads : int
         Threads that compute, or that read for a GPU; default all processors of this process.
     memory : str or int
@@ -72,6 +84,12 @@ def run(
         How bytes reach a GPU: through page-locked memory, by GPUDirect, or as suits the files.
     on_error : {"stop", "mask"}
         Broken frames stop the run, or are masked and counted.
+    workers : int or "all"
+        Start so many worker processes here, one per GPU on GPUs; default: this process does it.
+    scheduler : str
+        Use the Dask workers of this scheduler: its address, or its scheduler file.
+    patience : float
+        Seconds for which a shard is tried again where storage fails.
 
     Returns
     -------
@@ -82,38 +100,98 @@ def run(
     ------
     RecipeError, InputError, DataError, PlanError, DeviceError
         What, where, the numbers, the remedy.
+    ResumableError
+        It ended early for what may pass; with `folder`, finished shards are kept.
     """
-    started = time.perf_counter()
     if isinstance(data, str | os.PathLike):
         raise RecipeError(f"run({str(data)!r}): open the file first: gpuem.run(gpuem.open({str(data)!r}), ...)")
     ds = data if isinstance(data, Dataset) else dataset.of_array(data)
     chosen = list(analyses) if isinstance(analyses, Sequence) else [analyses]
     asked = recipe.run_section(device=device, **options)
-    resolved, job = begin(ds, chosen, asked, roi)
-    totals = engine.combine(job, local.run(job, progress))
+    with executors.crew(asked) as crew:
+        if folder is None:
+            return _run(ds, chosen, asked, roi, progress, crew)
+        with RunFolder(Path(folder)) as kept:
+            return _run(ds, chosen, asked, roi, progress, crew, kept, resume)
+
+
+def _run(
+    ds: Dataset,
+    analyses: Sequence[Asked],
+    options: recipe.Run,
+    roi: Roi,
+    progress: Progress | None,
+    crew: Crew,
+    kept: RunFolder | None = None,
+    resume: bool = False,
+) -> Results:
+    """`run`, once its arguments are in order and there is somebody to do it."""
+    started = time.perf_counter()
+    if kept is None:
+        resolved, job = begin(ds, analyses, options, roi)
+        job = crew.settle(job)
+        with closing(crew.run(job, range(len(job.plan.shards)), no_report)) as partials:
+            totals = engine.combine(job, keeping.told(partials, progress))
+    else:
+        resolved, job = _begin_kept(ds, analyses, options, roi, crew, kept, resume)
+        totals = keeping.run(job, crew, kept, progress)
     maps = finish(view_of(ds), resolved, job, totals)
-    facts = provenance(ds, chosen, job, totals, time.perf_counter() - started)
+    facts = provenance(ds, analyses, job, totals, time.perf_counter() - started)
     facts["roi"] = summary(job.wanted, roi)
+    if kept is not None:
+        facts["identity"] = (run_folder.description(kept.path) or {})["identity"]
     return Results(maps, facts)
+
+
+def _begin_kept(
+    ds: Dataset, analyses: Sequence[Asked], options: recipe.Run, roi: Roi, crew: Crew, kept: RunFolder, resume: bool
+) -> tuple[list[Analysis], engine.Job]:
+    """`begin`, where a run goes on that was stopped, or will be able to."""
+    now = identity.of_data(ds, analyses, region(ds.scan_shape, roi), version())
+    then = run_folder.description(kept.path) if resume else None
+    if then is None:
+        kept.clear()
+        resolved, job = begin(ds, analyses, options, roi)
+        job = crew.settle(job)
+        run_folder.keep_looked(kept.path, resolved)
+        kept.describe(ds.source.frame_nbytes, job, {**now, **identity.of_cuts(job)})
+        return resolved, job
+    identity.refuse_another(kept.path, then["identity"], now)
+    resolved = run_folder.looked(kept.path)
+    job = crew.settle(prepare(ds, resolved, options, roi))
+    identity.refuse_another(kept.path, then["identity"], identity.of_cuts(job))
+    return resolved, job
 
 
 def run_recipe(
     path: str | os.PathLike[str],
     *,
     overwrite: bool = False,
-    watch: Callable[[Dataset, int], AbstractContextManager[Progress | None]] = lambda ds, frames: nullcontext(),
+    resume: bool = False,
+    watch: Watch = lambda ds, frames: nullcontext(),
+    crew: Crew | None = None,
+    **changes: Any,
 ) -> tuple[Results, Path]:
     """Run a recipe file and save its results; what ``gpuem run`` calls.
+
+    Every shard goes to a folder beside the result as it ends (``scan.results.run`` for ``scan.results.zarr``), so that
+    a run that was stopped can go on; what is large in it is removed once the result is saved.
 
     Parameters
     ----------
     path : path
         The recipe.
     overwrite : bool
-        Replace a result that is there.
+        Replace a result that is there, forget an unfinished run.
+    resume : bool
+        Go on with an unfinished run. Where there is none, begin; where there is a result of the same, return it.
     watch : callable
         Called with the data set and the number of frames that are wanted before the first is read; the context it
         returns gives the `progress` of `run`.
+    crew : Crew
+        Who runs the shards; by default whom ``[run]`` says.
+    **changes
+        What is said otherwise than in the recipe: ``workers``, ``scheduler``, ``input``.
 
     Returns
     -------
@@ -121,20 +199,83 @@ def run_recipe(
         The maps.
     path : Path
         Where they were saved.
+
+    Raises
+    ------
+    ResumableError
+        The run ended early; finished shards are kept.
     """
-    asked, text = recipe.load(Path(path))
-    results.check_writable(asked.output.path, overwrite=overwrite)
+    asked, text = recipe.load_one(Path(path), **changes)
+    return run_asked(asked, text, overwrite=overwrite, resume=resume, watch=watch, crew=crew)
+
+
+def run_asked(
+    asked: recipe.Recipe, text: str, *, overwrite: bool, resume: bool, watch: Watch, crew: Crew | None
+) -> tuple[Results, Path]:
+    """`run_recipe`, once the recipe is read, and is of one data set."""
+    output, folder = asked.output.path, run_folder.beside(asked.output.path)
+    if not resume:
+        results.check_writable(output, overwrite=overwrite)
+        run_folder.refuse_unfinished(folder, overwrite=overwrite)
     ds = open_input(asked)
-    wanted = int(region(ds.scan_shape, asked.input.roi).sum())
-    with watch(ds, wanted) as progress:
-        found = run(ds, asked.analysis, roi=asked.input.roi, progress=progress, **asked.run.model_dump())
-    found.provenance["recipe"] = text
-    return found, found.save(asked.output.path, overwrite=overwrite)
+    wanted = region(ds.scan_shape, asked.input.roi)
+    if resume and results.is_result(output):
+        found = results.load_results(output)
+        identity.refuse_another(
+            output, found.provenance.get("identity", {}), identity.of_data(ds, asked.analysis, wanted, version())
+        )
+        log.info("%s: finished already", output)
+        return found, output
+    about = {"recipe": text, "output": str(output)}
+    with (
+        executors.crew(asked.run) if crew is None else nullcontext(crew) as hands,
+        RunFolder(folder, about) as kept,
+        watch(ds, int(wanted.sum())) as progress,
+    ):
+        found = _run(ds, asked.analysis, asked.run, asked.input.roi, progress, hands, kept, resume)
+        found.provenance["recipe"] = text
+        saved = found.save(output, overwrite=overwrite)
+        kept.finish()
+    return found, saved
+
+
+def lead_recipe(path: str | os.PathLike[str], rank: ranks.Rank, **options: Any) -> tuple[Results, Path]:
+    """`run_recipe` as rank 0 of several processes that a launcher started; the others `assist_recipe`."""
+    changes = {name: options[name] for name in ("input", "workers", "scheduler") if name in options}
+    folder = run_folder.beside(recipe.load_one(Path(path), **changes)[0].output.path)
+    found = run_recipe(path, crew=ranks.Collector(rank, folder), **options)
+    run_folder.say_launch(folder, rank.launch, over=True)
+    return found
+
+
+def assist_recipe(path: str | os.PathLike[str], rank: ranks.Rank, **changes: Any) -> None:
+    """Run the share of a rank other than 0.
+
+    Raises
+    ------
+    ResumableError
+        The run ended early; finished shards are kept.
+    """
+    asked, _ = recipe.load_one(Path(path), **changes)
+    folder = run_folder.beside(asked.output.path)
+    if not ranks.wait_for_launch(folder, rank, asked.run.patience):
+        return
+    with RunFolder(folder, rank=rank.number) as kept:
+        ds = open_input(asked)
+        try:
+            job = prepare(ds, run_folder.looked(folder), asked.run, asked.input.roi)
+        except InputError:
+            if ranks.wait_for_launch(folder, rank, asked.run.patience):
+                raise
+            # all was done before this rank came
+            return
+        identity.refuse_another(folder, (run_folder.description(folder) or {})["identity"], identity.of_cuts(job))
+        ranks.assist(job, rank, kept)
 
 
 def open_input(asked: recipe.Recipe) -> Dataset:
     """Open the data of a recipe, corrected where it says so."""
-    options = asked.input.model_dump(exclude={"path", "roi"})
+    options = asked.input.model_dump(exclude={"path", "each", "roi"})
     ds = dataset.open(asked.input.path, calibration=asked.calibration.model_dump(), **options)
     correction = asked.correction.model_dump(exclude_none=True)
     return ds.corrected(**correction) if correction else ds
@@ -229,7 +370,7 @@ def prepare(
     wanted = region(ds.scan_shape, roi)
     return engine.Job(
         ds.source, ds.files, plan, backend, tuple(weights), prepared, ds.skip, wanted, options.on_error, give_back,
-        transfer=options.transfer,
+        transfer=options.transfer, patience=options.patience,
     )  # fmt: skip
 
 

@@ -31,6 +31,11 @@ def _versions() -> dict[str, Any]:
     }
 
 
+def version() -> str:
+    """Of gpuem."""
+    return _version("gpuem")
+
+
 def _version(name: str) -> str:
     try:
         return version_of(name)

@@ -7,14 +7,23 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
 
+from gpuem import data_sets
 from gpuem.analyses.bragg import Bragg
 from gpuem.analyses.com import CenterOfMass
 from gpuem.analyses.strain import Strain
 from gpuem.analyses.sums import Sum
 from gpuem.analyses.virtual import VirtualDetector
 from gpuem.errors import RecipeError
+from gpuem.formats.remote import Place
 
 # the one list of all kinds: what a recipe may say, and what is said of it where it says something else
 AnyAnalysis = Annotated[Sum | VirtualDetector | CenterOfMass | Strain | Bragg, Field(discriminator="kind")]
@@ -24,6 +33,8 @@ KINDS: dict[str, type[BaseModel]] = {
 
 # names that have a meaning of their own in a result
 RESERVED = ("valid", "zarr.json", "scan_y", "scan_x", "detector_y", "detector_x", "term", "component", "peak")
+# in [output] path, what stands for the name of a data set
+NAME = "{name}"
 
 
 class _Section(BaseModel):
@@ -33,7 +44,12 @@ class _Section(BaseModel):
 class Input(_Section):
     """``[input]``: the data, and what the file doesn't say."""
 
-    path: Path | list[Path]
+    each: data_sets.Each = Field(default=None, description="data sets that are run one by one: files, URLs, patterns")
+    path: data_sets.Whole = Field(
+        default_factory=list,
+        validate_default=True,
+        description="a file, several that belong together, or a pattern (*.mib): every match a data set of its own",
+    )
     format: str | None = None
     scan: list[int] | None = None
     frame: tuple[int, int] | None = None
@@ -47,6 +63,12 @@ class Input(_Section):
     roi: list[int] | Path | None = Field(
         default=None, description="first and end (excluded) for every scan axis, or a boolean .npy of scan shape"
     )
+
+    @model_validator(mode="after")
+    def _path_or_each(self) -> Input:
+        if self.each and self.path != []:
+            raise ValueError("path is one data set or a pattern, each is a list of data sets: give one of them")
+        return self
 
 
 class Calibration(_Section):
@@ -77,12 +99,23 @@ class Run(_Section):
     device_memory: str | StrictInt | None = Field(default=None, description='of the GPU: bytes, or "20 GB"')
     transfer: Literal["auto", "pinned", "gds"] = Field(default="auto", description="how bytes reach the GPU")
     on_error: Literal["stop", "mask"] = "stop"
+    workers: Literal["all"] | Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description='worker processes to start: a number, or "all" GPUs or processors'
+    )
+    scheduler: str | None = Field(default=None, description="of Dask workers that are there: an address, or its file")
+    patience: float = Field(default=120.0, ge=0.0, description="seconds for which what may pass is tried again")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Run:
+        if self.workers is not None and self.scheduler is not None:
+            raise ValueError("workers are started here, scheduler names workers that are there: give one of them")
+        return self
 
 
 class Output(_Section):
     """``[output]``: where the maps go."""
 
-    path: Path
+    path: Path = Field(description='a folder; "{name}" in it stands for the name of the data file without its suffix')
     previews: bool = True
 
 
@@ -97,20 +130,29 @@ class Recipe(_Section):
     output: Output
 
 
-def load(path: Path) -> tuple[Recipe, str]:
+def load(path: Path, **changes: Any) -> tuple[Recipe, str]:
     """Read a recipe; relative paths in it count from the recipe's folder.
+
+    Parameters
+    ----------
+    path : path
+        The file.
+    **changes
+        What is said otherwise on the command line, where paths count from the current folder: ``input`` (path of the
+        data), ``workers``, ``scheduler``; None changes nothing.
 
     Returns
     -------
     recipe : Recipe
-        The checked recipe with absolute paths.
+        The checked recipe with absolute paths. Where it is of several data sets, ``input.each`` lists them, patterns
+        resolved; see `one_by_one`.
     text : str
         The file verbatim.
 
     Raises
     ------
     RecipeError
-        The file is missing, not TOML, or says something impossible: all mistakes at once.
+        The file is missing, not TOML, or says something impossible: all mistakes at once. Or a pattern finds nothing.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -132,8 +174,71 @@ def load(path: Path) -> tuple[Recipe, str]:
         raise RecipeError(f"{path}: not TOML: {error}{hint}") from error
     if isinstance(raw.get("analysis"), dict):
         raise RecipeError(f"{path}: every analysis begins with [[analysis]], in double brackets")
-    recipe = check(raw, str(path))
-    return _absolute(recipe, path.resolve().parent), text
+    recipe = _found(_absolute(check(_changed(raw, **changes), str(path)), path.resolve().parent))
+    if recipe.input.each and NAME not in str(recipe.output.path):
+        example = recipe.output.path.with_name(f"{NAME}.{recipe.output.path.name}").name
+        raise RecipeError(
+            f"{path}: [input] names {len(recipe.input.each):,} data sets to be run one by one; [output] path needs "
+            f'"{NAME}" in it, which becomes the name of each, as "{example}"; else all results would go to one place'
+        )
+    return recipe, text
+
+
+def one_by_one(recipe: Recipe) -> dict[str, Recipe]:
+    """Recipes of one data set each, by the name of its data set, which takes the place of ``{name}``.
+
+    Raises
+    ------
+    RecipeError
+        Two data sets can't be told apart by their names.
+    """
+    data, output = recipe.input, recipe.output
+    whole = data.path if isinstance(data.path, list) else [data.path]
+    if data.each is None and NAME not in str(output.path):
+        return {whole[0].stem: recipe}
+    return {
+        name: recipe.model_copy(
+            update={
+                "input": data.model_copy(update={"path": data.path if data.each is None else one, "each": None}),
+                "output": output.model_copy(update={"path": Path(str(output.path).replace(NAME, name))}),
+            }
+        )
+        for name, one in data_sets.named(whole[:1] if data.each is None else data.each).items()
+    }
+
+
+def load_one(path: Path, **changes: Any) -> tuple[Recipe, str]:
+    """`load` a recipe of one data set, its name in place; raises RecipeError also where there are several."""
+    recipe, text = load(path, **changes)
+    return only(recipe), text
+
+
+def only(recipe: Recipe) -> Recipe:
+    """The recipe of the one data set, its name in place; raises RecipeError where there are several."""
+    if recipe.input.each is not None:
+        raise RecipeError(
+            f"[input] names {len(recipe.input.each):,} data sets to be run one by one: gpuem run and gpuem.run_recipes "
+            "do that; to run one of them, name it (--input FILE, input=...)"
+        )
+    return next(iter(one_by_one(recipe).values()))
+
+
+def _changed(
+    raw: dict[str, Any],
+    input: str | None = None,  # noqa: A002
+    workers: Any = None,
+    scheduler: str | None = None,
+) -> dict[str, Any]:
+    """A recipe with what the command line says otherwise."""
+    run = {key: value for key, value in (("workers", workers), ("scheduler", scheduler)) if value is not None}
+    if run and isinstance(raw.get("run", {}), dict):
+        kept = {key: value for key, value in raw.get("run", {}).items() if key not in ("workers", "scheduler")}
+        raw = {**raw, "run": {**kept, **run}}
+    if input is not None and isinstance(raw.get("input"), dict):
+        path = input if "://" in input else str(Path(input).absolute())
+        kept = {key: value for key, value in raw["input"].items() if key != "each"}
+        raw = {**raw, "input": {**kept, "path": path}}
+    return raw
 
 
 def check(raw: dict[str, Any], where: str) -> Recipe:
@@ -187,8 +292,12 @@ def _absolute(recipe: Recipe, folder: Path) -> Recipe:
     def fix(path: Path) -> Path:
         return folder / path.expanduser()
 
+    def locate(place: Place) -> Place:
+        return fix(place) if isinstance(place, Path) else place
+
     data = recipe.input
-    paths = [fix(p) for p in data.path] if isinstance(data.path, list) else fix(data.path)
+    paths = [locate(p) for p in data.path] if isinstance(data.path, list) else locate(data.path)
+    each = None if data.each is None else [locate(p) for p in data.each]
     roi = fix(data.roi) if isinstance(data.roi, Path) else data.roi
     analyses = [
         a.model_copy(update={name: fix(value) for name, value in a if isinstance(value, Path)}) for a in recipe.analysis
@@ -196,12 +305,24 @@ def _absolute(recipe: Recipe, folder: Path) -> Recipe:
     correction = {name: fix(value) if isinstance(value, Path) else value for name, value in recipe.correction}
     return recipe.model_copy(
         update={
-            "input": data.model_copy(update={"path": paths, "roi": roi}),
+            "input": data.model_copy(update={"path": paths, "each": each, "roi": roi}),
             "correction": Correction(**correction),
             "analysis": analyses,
             "output": recipe.output.model_copy(update={"path": fix(recipe.output.path)}),
         }
     )
+
+
+def _found(recipe: Recipe) -> Recipe:
+    """The recipe with the data sets that its patterns find."""
+    data = recipe.input
+    if data.each is not None:
+        each = data_sets.expand(data.each, data.format)
+    elif isinstance(data.path, Path) and data_sets.split(data.path)[1]:
+        each = data_sets.expand([data.path], data.format)
+    else:
+        return recipe
+    return recipe.model_copy(update={"input": data.model_copy(update={"path": [], "each": each})})
 
 
 def _place(error: Any, raw: dict[str, Any]) -> str:

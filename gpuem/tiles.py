@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 
 from gpuem.errors import PlanError
 from gpuem.formats.source import Calls, Chunks, Piece, Resident, Runs, Source, stored_layout
+from gpuem.storage.host import GAP_NBYTES
+from gpuem.storage.remote import AHEAD_NBYTES
 
 # a few times the per-call cost of Python, and small enough for the caches
 TILE_NBYTES = 8 << 20
-# most of them are used where they are mapped and need no scratch
+# frames that follow one another are read a few at a time, which need little scratch
 RUNS_TILE_NBYTES = 16 << 20
 SHARD_NBYTES = 64 << 20
 # frames of a shard at least: its images over frames must be small beside the frames they are made of
@@ -30,6 +32,8 @@ RESIDENT_NBYTES = 2 << 30
 MOST_SHARDS = 1 << 14
 # frames per tile and shard, unless one chunk holds more: results per frame stay small
 MOST_FRAMES = 1 << 15
+# so much of frames that follow one another is read at once: few calls, and it is used while it is in the caches
+READ_NBYTES = 2 << 20
 # a few frames at a time are corrected and used while they are in the caches
 CORRECTED_NBYTES = 2 << 20
 # bytes per scan position of the maps that an analysis makes of its sums, and of what it makes them from, where the
@@ -159,6 +163,7 @@ def plan(source: Source, limits: Limits, position_nbytes: int, image_nbytes: int
         "sums and maps": limits.positions * (2 * position_nbytes + fit_nbytes + limits.map_nbytes),
         "images": 2 * image_nbytes,
         **({"sample of frames": limits.sample_nbytes} if limits.sample_nbytes else {}),
+        **({"read ahead": min(AHEAD_NBYTES, sum(f.size for f in source.files))} if source.remote else {}),
         **({"correction": source.correction.nbytes} if source.correction is not None else {}),
     }
     # results of two shards per thread may wait to be combined in order
@@ -208,6 +213,20 @@ def grid(piece: Piece, tile: tuple[int, ...]) -> tuple[int, ...]:
 def corrected_frames(source: Source) -> int:
     """Number of frames that are corrected at once: whole fours, in which the kernels take them."""
     return max(4, CORRECTED_NBYTES // source.corrected_nbytes // 4 * 4)
+
+
+def read_distance(length: int, stride: int) -> int:
+    """Bytes that one of many frames of `length` bytes takes where they are read to."""
+    return stride if stride - length <= GAP_NBYTES else length
+
+
+def read_frames(piece: Piece, source: Source, stride: int) -> int:
+    """Number of frames of a run that are read at once: whole fours, in which the kernels take them."""
+    layout = stored_layout(piece.layout)
+    assert isinstance(layout, Runs)
+    # what is read and what it is decoded to share the caches
+    each = read_distance(layout.frame_bytes, stride) + (0 if _plain(piece, source, stride) else source.frame_nbytes)
+    return max(4, READ_NBYTES // each // 4 * 4)
 
 
 def nav_shape(piece: Piece) -> tuple[int, ...]:
@@ -270,9 +289,7 @@ def scratch_nbytes(piece: Piece, tile: tuple[int, ...], source: Source) -> int:
     decoded = math.prod(tile) * source.frame_nbytes
     layout = stored_layout(piece.layout)
     if isinstance(layout, Runs):
-        plain = not piece.codec and piece.stored == source.raw_dtype and not isinstance(piece.layout, Resident)
-        # other frames than all of a tile are gathered before they are converted
-        return 0 if plain else decoded if piece.codec else 2 * decoded
+        return _read_nbytes(piece, math.prod(tile), source)
     if isinstance(layout, Chunks):
         # chunks hang over the edges; all chunks of a tile are read, decoded and put in place together
         around = [-(-t // c) * c for t, c in zip((*tile, *source.frame_shape), layout.shape, strict=True)]
@@ -280,6 +297,26 @@ def scratch_nbytes(piece: Piece, tile: tuple[int, ...], source: Source) -> int:
         number = math.prod(around) // math.prod(layout.shape)
         return decoded + 2 * chunks + number * int(layout.length.max(initial=0))
     return 2 * decoded
+
+
+def _read_nbytes(piece: Piece, frames: int, source: Source) -> int:
+    """Bytes of frames of runs that are read at once, and of what they are decoded to."""
+    layout = stored_layout(piece.layout)
+    assert isinstance(layout, Runs)
+    least = -(-layout.frame_bytes // 64) * 64
+    most = 0
+    for stride in set(layout.stride.tolist()):
+        each = max(read_distance(layout.frame_bytes, stride), least) + (
+            0 if _plain(piece, source, stride) else source.frame_nbytes
+        )
+        most = max(most, min(read_frames(piece, source, stride), frames) * each + 64)
+    # from a GPU they come by way of another array
+    return 2 * most if isinstance(piece.layout, Resident) else most
+
+
+def _plain(piece: Piece, source: Source, stride: int) -> bool:
+    """Whether stored pixels are native ones and aligned."""
+    return not piece.codec and piece.stored == source.raw_dtype and stride % piece.stored.itemsize == 0
 
 
 def _corrected(tile: tuple[int, ...], source: Source) -> int:

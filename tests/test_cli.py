@@ -102,7 +102,7 @@ def test_nothing_is_half_written_when_the_data_is_bad(recipe):
     assert "frame 12: NaN" in out
 
 
-def test_ctrl_c_stops_soon_and_leaves_nothing(recipe):
+def test_ctrl_c_stops_soon_and_keeps_what_is_finished(recipe):
     with open("big.raw", "wb") as stream:
         stream.truncate(40 << 30)
     with open("recipe.toml", "w") as stream:
@@ -113,7 +113,10 @@ def test_ctrl_c_stops_soon_and_leaves_nothing(recipe):
     time.sleep(4)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "stopped; nothing was written" in err
+    assert process.returncode == 75
+    assert "stopped by Ctrl-C" in err
+    assert "--resume" in err
     assert "Traceback" not in err
-    assert sorted(os.listdir()) == ["big.raw", "data.npy", "recipe.toml"]
+    assert sorted(os.listdir()) == ["big.raw", "data.npy", "out.run", "recipe.toml"]
+    _, err = gpuem_command("run", "recipe.toml", code=2)
+    assert "of an unfinished run lie there" in err

@@ -15,7 +15,7 @@ from merlin_writer import write_mib
 
 import gpuem
 from gpuem import correction, job, recipe, tiles
-from gpuem.backends import cpu
+from gpuem.backends import cpu, cpu_load
 from gpuem.dataset import of_array
 
 DTYPES = ["u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f2", "f4", "f8"]
@@ -279,13 +279,13 @@ def test_broken_frames_are_still_told(tmp_path):
     assert (found["sum/sum"].data == 30).all()
 
 
-def test_without_a_correction_frames_are_used_where_they_are_mapped():
+def test_without_a_correction_frames_are_used_where_they_were_read_to():
     reference.planted((6, 4, 5), "u2").tofile("data.raw")
     ds = gpuem.open("data.raw", scan=(6,), frame=(4, 5), dtype="u2")
     piece = ds.source.pieces[0]
-    for source, mapped in ((ds.source, True), (ds.corrected(dead=[(0, 0)]).source, False)):
+    for source, there in ((ds.source, True), (ds.corrected(dead=[(0, 0)]).source, False)):
         (block,) = cpu.load(source, ds.files, piece, (slice(0, 6),), np.ones(6, bool))
-        assert np.shares_memory(block.frames.pixels, ds.files.view(0)) == mapped
+        assert np.shares_memory(block.frames.pixels, cpu_load._memory.raw) == there
 
 
 def test_data_that_was_handed_over_is_not_changed():

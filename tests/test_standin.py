@@ -195,7 +195,7 @@ def test_parameters_have_cupys_names():
 
 def test_errors_read_as_cupys():
     cupy = real_cupy()
-    for status in (1, 2, 35, 100, 209, 500, 700):
+    for status in (1, 2, 35, 100, 209, 400, 500, 600, 700):
         assert str(standin.CUDARuntimeError(status)) == str(cupy.cuda.runtime.CUDARuntimeError(status))
     assert str(standin.OutOfMemoryError(1024, 5, 2048)) == str(cupy.cuda.memory.OutOfMemoryError(1024, 5, 2048))
     for ours, theirs in [

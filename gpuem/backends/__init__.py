@@ -49,11 +49,12 @@ class Frames:
 
 @dataclass(frozen=True)
 class Lost:
-    """Frames that can't be had: `broken`, or never written."""
+    """Frames that can't be had: `broken`, or never written; `reading` where that may pass, for the bytes didn't come."""
 
     indices: NDArray[np.int64]
     message: str
     broken: bool = True
+    reading: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Tiles in host memory: plain native pixels are used where the file is mapped, all else is decoded to scratch.
+"""Tiles in host memory: read, decoded, corrected.
 
-Where frames are to be corrected, that is done a few at a time, into scratch of its own.
+Frames that follow one another come a few at a time, in memory that is used again and again: they are still in the
+caches when they are computed with. All else is decoded to scratch, a tile at once.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from gpuem import codecs, tiles
 from gpuem.backends import Block, Frames, Lost
 from gpuem.backends.chunk_grid import chunk_grid
 from gpuem.backends.cpu_correct import correct
-from gpuem.errors import DataError
+from gpuem.errors import DataError, ReadError
 from gpuem.formats.source import Box, Chunks, Correction, Piece, Resident, Runs, Source, Strided
-from gpuem.storage.host import Files
+from gpuem.storage.host import GAP_NBYTES, Files
 
-# reading over a small gap is cheaper than another read
-GAP_NBYTES = 1 << 16
+ALIGNED = 64
 _memory = threading.local()
 _NOTHING = np.empty(0, np.uint8)
+_BYTE = np.dtype(np.uint8)
 
 
 def load(source: Source, files: Files, piece: Piece, box: Box, keep: NDArray[np.bool_]) -> Iterator[Block | Lost]:
@@ -101,11 +102,14 @@ class _DeviceBytes(Files):
     def path(self, k: int) -> Path:
         return Path("GPU memory")
 
-    def view(self, k: int) -> NDArray[np.uint8]:
-        return np.asarray(self._data.get())
+    def remote(self, k: int) -> bool:
+        return False
 
-    def read(self, k: int, offset: int, length: int) -> NDArray[np.uint8]:
-        return np.asarray(self._data[offset : offset + length].get())
+    def announce(self, k: int, offset: NDArray[np.int64], length: NDArray[np.int64]) -> None:
+        pass
+
+    def read_into(self, k: int, offset: int, out: NDArray[np.uint8]) -> None:
+        out[:] = self._data[offset : offset + out.size].get()
 
 
 def _brought_back(layout: Resident, frames: NDArray[np.int64]) -> tuple[Files, Runs | Chunks]:
@@ -122,10 +126,15 @@ def _brought_back(layout: Resident, frames: NDArray[np.int64]) -> tuple[Files, R
 
 
 def _scratch(purpose: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """An array of undefined content in memory that this thread used for the tile before: fresh pages are slow."""
+    """An array of undefined content in memory that this thread used for the tile before: fresh pages are slow.
+
+    It begins on a cache line: vectors that straddle two cost twice.
+    """
     nbytes = math.prod(shape) * dtype.itemsize
     if getattr(_memory, purpose, _NOTHING).size < nbytes:
-        setattr(_memory, purpose, np.empty(nbytes, np.uint8))
+        memory = np.empty(nbytes + ALIGNED, np.uint8)
+        start = -memory.ctypes.data % ALIGNED
+        setattr(_memory, purpose, memory[start : start + nbytes])
     found: NDArray[Any] = getattr(_memory, purpose)[:nbytes].view(dtype).reshape(shape)
     return found
 
@@ -133,32 +142,106 @@ def _scratch(purpose: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDAr
 def _load_runs(
     source: Source, files: Files, piece: Piece, runs: Runs, indices: NDArray[np.int64]
 ) -> Iterator[Block | Lost]:
+    """Frames one after another, a few at a time."""
     ends = np.cumsum(runs.frames)
     local = indices - piece.start
-    of_run = np.searchsorted(ends, local, side="right")
-    for run in range(int(of_run[0]), int(of_run[-1]) + 1) if local.size else ():
-        mine = of_run == run
-        if not mine.any():
+    first, last = np.searchsorted(ends, local[[0, -1]], side="right").tolist() if local.size else (0, -1)
+    for run in range(first, last + 1):
+        begin = int(ends[run] - runs.frames[run])
+        mine = slice(*np.searchsorted(local, (begin, int(ends[run]))).tolist())
+        if mine.start == mine.stop:
             continue
-        first_of_run = int(ends[run] - runs.frames[run])
-        at = int(runs.offset[run]) + (local[mine] - first_of_run) * int(runs.stride[run])
-        data = files.view(int(runs.file[run]))
-        yield Block(_frames_at(source, piece, data, at, int(runs.stride[run])), indices[mine])
+        file, stride = int(runs.file[run]), int(runs.stride[run])
+        at = int(runs.offset[run]) + (local[mine] - begin) * stride
+        files.announce(file, at, np.full_like(at, runs.frame_bytes))
+        for some in _few(at, runs.frame_bytes, stride, tiles.read_frames(piece, source, stride)):
+            yield from _read_frames(source, files, piece, (file, at[some], stride), indices[mine][some])
 
 
-def _frames_at(source: Source, piece: Piece, data: NDArray[np.uint8], at: NDArray[np.int64], stride: int) -> Frames:
-    """Frames whose stored bytes start at byte offsets `at` of mapped `data`."""
+def _few(at: NDArray[np.int64], length: int, stride: int, most: int) -> Iterator[slice]:
+    """Cuts between frames of `length` bytes at ascending offsets: at most so many of them, and little in between."""
+    if stride - length <= GAP_NBYTES and at[-1] - at[0] == (at.size - 1) * stride:
+        yield from (slice(k, k + most) for k in range(0, at.size, most))
+        return
+    # a small gap is read along, a large one is not
+    step = np.diff(at, prepend=at[0] - length)
+    cost = np.cumsum(np.where(step - length <= GAP_NBYTES, step, _aligned(length)))
+    room = most * max(tiles.read_distance(length, stride), _aligned(length))
+    start = 0
+    while start < at.size:
+        before = int(cost[start - 1]) if start else 0
+        count = min(int(np.searchsorted(cost, before + room, side="right")) - start, most)
+        count = count // 4 * 4 if count > 4 else max(1, count)
+        yield slice(start, start + count)
+        start += count
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNED) * ALIGNED
+
+
+def _read_frames(
+    source: Source, files: Files, piece: Piece, where: tuple[int, NDArray[np.int64], int], indices: NDArray[np.int64]
+) -> Iterator[Block | Lost]:
+    """A few frames of a run (file, offsets, stride)."""
+    file, at, stride = where
+    assert isinstance(piece.layout, Runs)
+    try:
+        raw, starts = _read_spans(files, file, at, piece.layout.frame_bytes)
+    except DataError as error:
+        if at.size == 1 or _all_or_nothing(files, file, error):
+            yield Lost(indices, str(error), reading=isinstance(error, ReadError))
+            return
+        # which of them is it?
+        for k in range(at.size):
+            yield from _read_frames(source, files, piece, (file, at[k : k + 1], stride), indices[k : k + 1])
+        return
+    yield Block(_frames_at(source, piece, raw, starts, stride), indices)
+
+
+def _all_or_nothing(files: Files, file: int, error: DataError) -> bool:
+    """Whether it is not worth finding out which bytes of a read failed: networks don't fail by place."""
+    return isinstance(error, ReadError) and files.remote(file)
+
+
+def _read_spans(
+    files: Files, file: int, at: NDArray[np.int64], length: int
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Frames of `length` bytes at ascending offsets, read to scratch, and where each begins there."""
+    low = int(at[0])
+    starts = at - low
+    cuts = np.flatnonzero(np.diff(at) > length + GAP_NBYTES) + 1
+    if not cuts.size:
+        raw = _scratch("raw", (_aligned(int(starts[-1]) + length),), _BYTE)
+        files.read_into(file, low, raw[: int(starts[-1]) + length])
+        return raw, starts
+    firsts, lasts = np.concatenate([[0], cuts]), np.concatenate([cuts, [at.size]]) - 1
+    sizes = at[lasts] + length - at[firsts]
+    places = np.concatenate([[0], np.cumsum(-(-sizes // ALIGNED) * ALIGNED)])
+    raw = _scratch("raw", (int(places[-1]),), _BYTE)
+    for offset, size, place in zip(at[firsts].tolist(), sizes.tolist(), places.tolist(), strict=False):
+        files.read_into(file, offset, raw[place : place + size])
+    span = np.repeat(np.arange(firsts.size), lasts - firsts + 1)
+    return raw, at - at[firsts][span] + places[span]
+
+
+def _frames_at(source: Source, piece: Piece, raw: NDArray[np.uint8], at: NDArray[np.int64], stride: int) -> Frames:
+    """Frames whose stored bytes begin at offsets `at` of `raw`, which are a multiple of the stride apart or aligned."""
     item, size = piece.stored.itemsize, math.prod(source.frame_shape)
+    plain = not piece.codec and piece.stored == source.raw_dtype
+    if plain and (stride % item == 0 or at.size == 1):
+        return Frames(raw.view(source.raw_dtype), at // item, source.frame_shape)
+    pixels = _scratch("pixels", (at.size, *source.frame_shape), source.raw_dtype)
     if piece.codec:
-        pixels = _scratch("pixels", (at.size, *source.frame_shape), source.raw_dtype)
-        codecs.unpack(piece.codec, data, at, pixels)
-    elif piece.stored == source.raw_dtype and at[0] % item == 0 and stride % item == 0:
-        return Frames(data[: data.size // item * item].view(source.raw_dtype), at // item, source.frame_shape)
+        codecs.unpack(piece.codec, raw, at, pixels)
     else:
-        pixels = _scratch("pixels", (at.size, size), source.raw_dtype)
-        count = int((at[-1] - at[0]) // stride) + 1 if stride else 1
-        stored = np.ndarray((count, size), piece.stored, data, int(at[0]), (stride, item))
-        np.copyto(pixels, stored if count == at.size else stored[(at - at[0]) // stride])
+        step = int(at[1] - at[0]) if at.size > 1 else size * item
+        if (np.diff(at) == step).all():
+            stored = np.ndarray((at.size, size), piece.stored, raw, int(at[0]), (step, item))
+            np.copyto(pixels.reshape(at.size, size), stored)
+        else:
+            for begin, out in zip(at.tolist(), pixels.reshape(at.size, size), strict=True):
+                out[:] = np.ndarray(size, piece.stored, raw, begin)
     return Frames(pixels.reshape(-1), np.arange(at.size, dtype=np.int64) * size, source.frame_shape)
 
 
@@ -170,7 +253,7 @@ def _load_chunks(
     decoded = _scratch("decoded", (grid.index.size, *chunks.shape), piece.stored)
     broken = _decode(piece, chunks, files, grid.index, grid.needed & grid.written, decoded)
     lost = [Lost(frames, "chunk was never written", broken=False) for frames in grid.unwritten()]
-    lost += [Lost(grid.frames(k), broken[k]) for k in sorted(broken)]
+    lost += [Lost(grid.frames(k), *broken[k]) for k in sorted(broken)]
     if grid.follow_one_another:
         return decoded.astype(source.raw_dtype, copy=False), lost
     pixels = _scratch("pixels", (*grid.wanted.shape, *source.frame_shape), source.raw_dtype)
@@ -182,12 +265,15 @@ def _load_chunks(
 
 def _decode(
     piece: Piece, chunks: Chunks, files: Files, index: NDArray[np.int64], needed: NDArray[np.bool_], out: NDArray[Any]
-) -> dict[int, str]:
-    """Read and decode the needed chunks into `out`; what is wrong with those that can't be."""
+) -> dict[int, tuple[str, bool, bool]]:
+    """Read and decode the needed chunks into `out`; of those that can't be, what `Lost` says."""
     rows = np.flatnonzero(needed)
     bytes_out = out.reshape(index.size, -1).view(np.uint8)
-    broken: dict[int, str] = {}
+    broken: dict[int, tuple[str, bool, bool]] = {}
     groups = _neighbours(chunks, index[rows])
+    for file in np.unique(chunks.file[index[rows]]).tolist():
+        own = index[rows][chunks.file[index[rows]] == file]
+        files.announce(file, chunks.offset[own], chunks.length[own])
     while groups:
         group = groups.pop()
         mine = rows[group]
@@ -197,15 +283,18 @@ def _decode(
             raw = files.read(file, low, int((at + lengths).max()) - low)
         except DataError as error:
             # which of them is it?
-            groups.extend(np.split(group, group.size) if group.size > 1 else [])
-            broken.update({int(mine[0]): str(error)} if group.size == 1 else {})
+            if group.size > 1 and not _all_or_nothing(files, file, error):
+                groups.extend(np.split(group, group.size))
+            else:
+                broken.update(dict.fromkeys(mine.tolist(), (str(error), True, isinstance(error, ReadError))))
             continue
         together = mine.size == mine[-1] - mine[0] + 1
         target = bytes_out[mine[0] : mine[-1] + 1] if together else np.empty((mine.size, bytes_out.shape[1]), np.uint8)
         found = codecs.decode_many(piece.codec, chunks.skipped[index[mine]], raw, at - low, lengths, target)
         if not together:
             bytes_out[mine] = target
-        broken.update({int(mine[k]): f"{files.path(file)}: chunk at byte {at[k]}: {why}" for k, why in found.items()})
+        where = f"{files.path(file)}: chunk at byte"
+        broken.update({int(mine[k]): (f"{where} {at[k]}: {why}", True, False) for k, why in found.items()})
     return broken
 
 
@@ -225,7 +314,7 @@ def _frame_by_frame(
     """Frames of a tile that can't be had as a whole, one by one: which is it that is broken."""
     indices = tiles.frames_of(piece, box)
     if indices.size == 1:
-        yield Lost(indices, str(error))
+        yield Lost(indices, str(error), reading=isinstance(error, ReadError))
         return
     for k in np.flatnonzero(keep).tolist():
         corner = np.unravel_index(k, [s.stop - s.start for s in box])

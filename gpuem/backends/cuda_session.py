@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,13 @@ from gpuem.errors import DataError
 from gpuem.formats.source import Source
 from gpuem.storage import gds
 from gpuem.storage.host import Files
-from gpuem.storage.pinned import Arrived, Load, Ring, page_locked
+from gpuem.storage.pinned import Arrived, Load, Ring, Times, page_locked
 from gpuem.tiles import Plan
 
 log = logging.getLogger("gpuem")
 Array = Any
+# clocks of host and device drift: they are compared again after so long
+_SAME_CLOCK_SECONDS = 60.0
 
 
 @dataclass
@@ -49,8 +52,76 @@ class Returning:
         return not broken and bool(sums_fit(array("magnitudes", sums.checked), sums.prepared.shape).all())
 
 
+@dataclass
+class Passage:
+    """One tile on its way through the device, as events; read when the sums of its shard are back.
+
+    Parameters
+    ----------
+    times : Times
+        Its reading and copying, and `used`, where the next tile's decoding can begin.
+    before : event
+        The compute stream was free for it.
+    decoded : event
+        Its frames are there.
+    """
+
+    times: Times
+    before: Any
+    decoded: Any
+
+    def seconds(self, end: Any) -> dict[str, float]:
+        """Seconds by stage; `end` stands for what comes after its last kernel."""
+        # decoding begins when the bytes are there and the tile before is done, whichever is later
+        ready = (self.times.copied, self.before)
+        return {
+            "decode": min(_elapsed(event, self.decoded) for event in ready),
+            "compute": _elapsed(self.decoded, end),
+        }
+
+
+def copying(times: Times) -> float:
+    """Seconds that a load took from host to device."""
+    return 0.0 if times.began is None else _elapsed(times.began, times.copied)
+
+
+def _elapsed(first: Any, last: Any) -> float:
+    import cupy
+
+    return max(float(cupy.cuda.get_elapsed_time(first, last)) / 1e3, 0.0)
+
+
+class _Clock:
+    """The host's time of events on the device."""
+
+    def __init__(self) -> None:
+        import cupy
+
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._compare()
+
+    def at(self, event: Any) -> float:
+        """When an event that is over took place, in seconds of the epoch."""
+        import cupy
+
+        # negative where the clocks were compared later than that
+        found = self._host + float(cupy.cuda.get_elapsed_time(self._event, event)) / 1e3
+        if time.time() - self._host > _SAME_CLOCK_SECONDS:
+            self._compare()
+        return min(found, time.time())
+
+    def _compare(self) -> None:
+        import cupy
+
+        self._event = cupy.cuda.Event()
+        # nothing else is in this stream: the event takes place at once
+        self._event.record(self._stream)
+        self._event.synchronize()
+        self._host = time.time()
+
+
 class Session:
-    """Everything a run holds on the device.
+    """Everything a run holds on the device; it may serve one run after another, of the same job.
 
     Parameters
     ----------
@@ -92,6 +163,8 @@ class Session:
             self._tables = self._correction()
             _ = prepared.tables, prepared.fit_tables
         self.compute.synchronize()
+        self.clock = _Clock()
+        self._before: Any = None
 
     def __enter__(self) -> Session:
         return self
@@ -130,6 +203,8 @@ class Session:
         self, tiles: Iterable[tuple[Any, Tile | None]]
     ) -> Iterator[tuple[Any, Tile | None, Arrived | DataError | None]]:
         """Bring tiles to the device in their order; see `gpuem.storage.pinned.Ring.stream`."""
+        # a run before this one may have ended with shards in work
+        self._idle = list(self._returning.values())
 
         def loads() -> Iterator[tuple[tuple[Any, Tile | None], Load | None]]:
             for tag, tile in tiles:
@@ -145,19 +220,39 @@ class Session:
         sums.chunks = sums.checked = 0
         with self.compute:
             cuda.clear(sums)
+        self._before = self._record()
         return sums
 
-    def add(self, tile: Tile, arrived: Arrived, sums: DeviceSums, at: int, positions: NDArray[np.int64]) -> None:
-        """Decode a tile and add its frames, rows `at` and on; `positions` are those of the frames in the scan."""
+    def add(
+        self, tile: Tile, arrived: Arrived, sums: DeviceSums, at: int, positions: NDArray[np.int64]
+    ) -> Passage | None:
+        """Decode a tile and add its frames, rows `at` and on; `positions` are those of the frames in the scan.
+
+        Returns
+        -------
+        Passage or None
+            How long that takes, to be asked when the sums are back; None where no frame came.
+        """
         codes = sums.arrays["codes"][sums.chunks : sums.chunks + tile.chunks]
         sums.chunks += tile.chunks
+        if not tile.indices.size:
+            return None
         with self.compute:
-            if tile.indices.size:
-                frames = tile.decode(arrived, self, codes)
-                cuda.check_device_frames(frames, sums, at)
-                if self.prepared.weights.fits:
-                    self._place(positions, sums, at)
-                cuda.add_device_frames(frames, sums, at)
+            frames = tile.decode(arrived, self, codes)
+            passage = Passage(tile.load.times, self._before, self._record())
+            cuda.check_device_frames(frames, sums, at)
+            if self.prepared.weights.fits:
+                self._place(positions, sums, at)
+            cuda.add_device_frames(frames, sums, at)
+        self._before = tile.load.times.used
+        return passage
+
+    def _record(self) -> Any:
+        import cupy
+
+        event = cupy.cuda.Event()
+        event.record(self.compute)
+        return event
 
     def _place(self, positions: NDArray[np.int64], sums: DeviceSums, at: int) -> None:
         """Bring the positions of rows `at` and on to the device.
@@ -185,7 +280,7 @@ class Session:
 
         sums = DeviceSums(self.prepared, frames, cupy.empty(nbytes, np.uint8), self._places)
         host = page_locked(nbytes)
-        made = Returning(sums, host, cupy.cuda.Event(disable_timing=True))
+        made = Returning(sums, host, cupy.cuda.Event())
         self._returning[id(sums)] = made
         return made
 

@@ -6,10 +6,10 @@ import inspect
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from gpuem.errors import InputError, RecipeError
+from gpuem.formats.remote import Place, Url
 from gpuem.formats.source import Source
 
 FORMATS = {
@@ -24,7 +24,7 @@ SEVERAL = ("raw", "mib")
 
 
 def read_header(
-    paths: tuple[Path, ...],
+    paths: tuple[Place, ...],
     format: str | None = None,  # noqa: A002
     scan: Sequence[int] | None = None,
     **options: Any,
@@ -33,7 +33,7 @@ def read_header(
 
     Parameters
     ----------
-    paths : tuple of Path
+    paths : tuple of Path or Url
         One file, or several that belong together in this order.
     format : str
         Name of the format; by default found by the file's name.
@@ -72,7 +72,7 @@ def read_header(
     return source
 
 
-def find_format(path: Path) -> str:
+def find_format(path: Place) -> str:
     """Name of the format by the file's name; raises InputError where none fits."""
     suffix = path.suffix.lower()
     for name, suffixes in FORMATS.items():
@@ -87,8 +87,16 @@ def find_format(path: Path) -> str:
     )
 
 
-def check_readable(path: Path) -> None:
+def check_readable(path: Place) -> None:
     """Raise InputError unless `path` is a readable file with something in it."""
+    if isinstance(path, Url):
+        try:
+            facts = path.stat()
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such object, or no such bucket") from None
+        if facts.st_size == 0:
+            raise InputError(f"{path}: empty file (0 bytes)")
+        return
     try:
         there = path.exists()
     except OSError as error:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import re
 import xml.etree.ElementTree as ET
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gpuem.axes import Axis, calibrate, detector_axes
 from gpuem.errors import InputError, TruncatedError
+from gpuem.formats.remote import Place, beside
 from gpuem.formats.source import File, Piece, Runs, Source
 
 FRAME = (128, 128)
@@ -37,17 +37,17 @@ _FIELDS = {
 }
 
 
-def claims(path: Path) -> bool:
+def claims(path: Place) -> bool:
     """Whether an .xml of EMPAD in the folder of `path` names it as its raw file."""
     return path.suffix.lower() == ".raw" and bool(_naming(path))
 
 
-def read_header(paths: tuple[Path, ...], *, scan: tuple[int, int] | None = None, fit: bool = False) -> Source:
+def read_header(paths: tuple[Place, ...], *, scan: tuple[int, int] | None = None, fit: bool = False) -> Source:
     """Describe an EMPAD acquisition.
 
     Parameters
     ----------
-    paths : tuple of Path
+    paths : tuple of Path or Url
         The .xml, or the .raw that an .xml beside it names.
     scan : tuple of int
         Scan shape (y, x), where the .xml is wrong.
@@ -103,7 +103,7 @@ def read_header(paths: tuple[Path, ...], *, scan: tuple[int, int] | None = None,
     )
 
 
-def _check(path: Path, file: File, shape: tuple[int, ...], whole: int, rest: int, fit: bool) -> list[str]:
+def _check(path: Place, file: File, shape: tuple[int, ...], whole: int, rest: int, fit: bool) -> list[str]:
     """Compare the .raw with the scan: nothing, a note if `fit`, or an error."""
     frames = math.prod(shape)
     if min(shape) < 1:
@@ -121,7 +121,7 @@ def _check(path: Path, file: File, shape: tuple[int, ...], whole: int, rest: int
     raise InputError(f"{message}; give scan = [y, x], or set fit = true to leave out the last {whole - frames}")
 
 
-def _open(path: Path) -> tuple[ET.Element, Path]:
+def _open(path: Place) -> tuple[ET.Element, Place]:
     """The .xml's root and the .raw it names."""
     if path.suffix.lower() != ".xml":
         named = _naming(path)
@@ -139,7 +139,7 @@ def _open(path: Path) -> tuple[ET.Element, Path]:
     return root, path.with_name(name)
 
 
-def _parse(path: Path) -> ET.Element | None:
+def _parse(path: Place) -> ET.Element | None:
     """The root of an .xml, None where it isn't one or is too long for a header."""
     with path.open("rb") as stream:
         text = stream.read(_LONGEST_XML + 1)
@@ -159,10 +159,12 @@ def _raw_name(root: ET.Element) -> str | None:
     return name if name not in ("", ".", "..") and "\0" not in name else None
 
 
-def _naming(raw: Path) -> list[Path]:
+def _naming(raw: Place) -> list[Place]:
     """The .xml files in the folder of `raw` that name it."""
     found = []
-    for path in sorted(raw.parent.glob("*.[xX][mM][lL]")):
+    for path in beside(raw):
+        if path.suffix.lower() != ".xml":
+            continue
         try:
             root = _parse(path)
         except OSError:
@@ -172,7 +174,7 @@ def _naming(raw: Path) -> list[Path]:
     return found
 
 
-def _scans(root: ET.Element, raw: Path) -> list[tuple[int, ...]]:
+def _scans(root: ET.Element, raw: Place) -> list[tuple[int, ...]]:
     """Scan shapes that the .xml gives, the likeliest first: series, pix_y and pix_x, the .raw's name, what was set."""
     parameters = root.findall("scan_parameters")
     acquire = [p for p in parameters if p.get("mode") in (None, "acquire")]

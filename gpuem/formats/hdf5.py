@@ -5,6 +5,7 @@ The dataset is found by its shape; its bytes are described (`gpuem.formats.hdf5_
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import re
@@ -16,21 +17,22 @@ import numpy as np
 
 from gpuem.axes import Axis, canonical_unit, detector_axes, scan_axes
 from gpuem.errors import GpuemError, InputError, RecipeError, TruncatedError
-from gpuem.formats.hdf5_file import Files, opened, pixel_type, type_name, walk
+from gpuem.formats.hdf5_file import Files, located, opened, pixel_type, type_name, walk
 from gpuem.formats.hdf5_layout import beside, describe
 from gpuem.formats.raw import native_type
+from gpuem.formats.remote import Place, Url
 from gpuem.formats.source import Piece, Source
 
 _SERIES = ("entry/data", "entry")
 _COUNTS = "entry/instrument/detector/detectorSpecific"
 
 
-def read_header(paths: tuple[Path, ...], *, dataset: str | None = None, fit: bool = False) -> Source:
+def read_header(paths: tuple[Place, ...], *, dataset: str | None = None, fit: bool = False) -> Source:
     """Describe the frames of an HDF5 file: a dataset of shape (nav..., y, x), or a DECTRIS series of datasets.
 
     Parameters
     ----------
-    paths : tuple of Path
+    paths : tuple of Path or Url
         One file; for a series its master.
     dataset : str
         Name of the dataset, or of the group it lies in. Without it the largest dataset of numbers with at least
@@ -50,11 +52,12 @@ def read_header(paths: tuple[Path, ...], *, dataset: str | None = None, fit: boo
     if len(paths) != 1:
         raise RecipeError(f"{len(paths)} HDF5 files given; name one: a series is read through its master file")
     path, files = paths[0], Files()
-    with opened(path, files) as file:
+    with opened(path, files) as file, contextlib.ExitStack() as others:
         try:
             series = _series(file, dataset)
             if series:
-                return _read_series(file, series, files, fit=fit)
+                linked = [(name, link, _followed(file, name, link, others)) for name, link in series]
+                return _read_series(file, linked, files, fit=fit)
             return _read_one(file, _choose(file, dataset), files, fit=fit)
         except GpuemError:
             raise
@@ -62,7 +65,7 @@ def read_header(paths: tuple[Path, ...], *, dataset: str | None = None, fit: boo
             raise InputError(f"{path}: its HDF5 structure is damaged ({type(error).__name__}: {error})") from error
 
 
-def datasets(path: Path) -> list[tuple[str, tuple[int, ...], str]]:
+def datasets(path: Place) -> list[tuple[str, tuple[int, ...], str]]:
     """Name, shape and type of every dataset with at least two axes, the largest first; raises InputError."""
     with opened(path) as file:
         found = [(name, tuple(d.shape), type_name(d)) for name, d in walk(file)[0].items() if d.shape and d.ndim > 1]
@@ -132,7 +135,7 @@ def _numbers(dset: Any) -> bool:
 def _nothing(file: Any, found: dict[str, Any], broken: list[str]) -> str:
     """Why a file has no frames."""
     if broken:
-        missing = ", ".join(str(Path(file.filename).parent / name) for name in broken[:4])
+        missing = ", ".join(str(located(file).parent / name) for name in broken[:4])
         return f"{file.filename}: its frames lie in other files, which are missing or unreadable: {missing}"
     listed = [f"{name} {d.shape} {type_name(d)}" for name, d in found.items() if d.shape and d.ndim > 1][:8]
     if not listed:
@@ -154,18 +157,25 @@ def _series(file: Any, dataset: str | None) -> list[tuple[str, Any]]:
     return []
 
 
-def _read_series(file: Any, series: list[tuple[str, Any]], files: Files, *, fit: bool) -> Source:
-    """All datasets of a master, one after another along the first axis."""
-    path = Path(file.filename)
+def _followed(file: Any, name: str, link: Any, others: contextlib.ExitStack) -> Any:
+    """The dataset that a link of a master leads to, None where there is none; HDF5 follows links to files only."""
+    target = beside(file["/"], link.filename) if hasattr(link, "filename") else None
+    if not isinstance(target, Url):
+        return file.get(name)
+    return others.enter_context(opened(target)).get(link.path) if target.exists() else None
+
+
+def _read_series(file: Any, series: list[tuple[str, Any, Any]], files: Files, *, fit: bool) -> Source:
+    """All datasets of a master (name, link, dataset), one after another along the first axis."""
+    path = located(file)
     files.index(path)
     pieces: list[Piece] = []
     first: Any = None
     start, usual, gap = 0, 0, False
-    for name, link in series:
-        dset = file.get(name)
+    for name, link, dset in series:
         if dset is None:
             target = beside(file["/"], link.filename) if hasattr(link, "filename") else link.path
-            why = "damaged or without the dataset" if Path(target).is_file() else "missing"
+            why = "damaged or without the dataset" if not isinstance(target, str) and target.is_file() else "missing"
             message = f"{path}: {name} lies in {target}, which is {why}"
             if not fit:
                 raise InputError(f"{message}; set fit = true to go on without its frames")
@@ -187,7 +197,7 @@ def _read_series(file: Any, series: list[tuple[str, Any]], files: Files, *, fit:
     return _source(files, pieces, (frames, *first.shape[1:]), pixel_type(first)[0], metadata=metadata)
 
 
-def _promised(file: Any, path: Path, there: int, files: Files, *, fit: bool) -> tuple[int, dict[str, int]]:
+def _promised(file: Any, path: Place, there: int, files: Files, *, fit: bool) -> tuple[int, dict[str, int]]:
     """Number of frames, and what the master says of them: images per trigger and triggers."""
     counts = {}
     for key in ("nimages", "ntrigger"):

@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuem.errors import DataError, InputError
+from gpuem.errors import DataError, InputError, ReadError
+from gpuem.formats.remote import Place, Stream, Url
 from gpuem.formats.source import Box, Calls, File
 
 # HDF5 is not made for several threads; one call at a time, over all files
 _LOCK = threading.Lock()
+# by the names under which h5py has them open
+_URLS: dict[str, Url] = {}
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
@@ -25,10 +28,10 @@ _SIGNATURE = b"\x89HDF\r\n\x1a\n"
 class Files:
     """The files a Source reads, numbered in the order in which they are met, and what there is to say about them."""
 
-    met: dict[Path, File] = field(default_factory=dict)
+    met: dict[Place, File] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def index(self, path: Path) -> int:
+    def index(self, path: Place) -> int:
         """Number of the file at `path`."""
         if path not in self.met:
             self.met[path] = File.of(path)
@@ -45,7 +48,7 @@ class Files:
 
 
 @contextlib.contextmanager
-def opened(path: Path, notes: Files | None = None) -> Iterator[Any]:
+def opened(path: Place, notes: Files | None = None) -> Iterator[Any]:
     """An ``h5py.File`` for reading, also while another program writes it.
 
     Raises
@@ -55,6 +58,10 @@ def opened(path: Path, notes: Files | None = None) -> Iterator[Any]:
     """
     import h5py
 
+    if isinstance(path, Url):
+        with _remote(path) as file:
+            yield file
+        return
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
@@ -67,7 +74,38 @@ def opened(path: Path, notes: Files | None = None) -> Iterator[Any]:
         yield file
 
 
-def _without_lock(path: Path, error: OSError) -> Any:
+@contextlib.contextmanager
+def _remote(url: Url) -> Iterator[Any]:
+    """An object of a store as an ``h5py.File``; what goes wrong on the way is told as it was."""
+    import h5py
+
+    try:
+        stream = Stream(url)
+    except FileNotFoundError:
+        raise InputError(f"{url}: no such file") from None
+    _URLS[repr(stream)] = url
+    # HDF5 makes errors of its own of those that the network makes, and some it takes for a missing link
+    try:
+        try:
+            file = h5py.File(stream, "r")
+        except OSError as error:
+            raise InputError(_why(url, error)) from None
+        with file:
+            yield file
+    except Exception:
+        if stream.error is not None:
+            raise stream.error from None
+        raise
+    if stream.error is not None:
+        raise stream.error
+
+
+def located(file: Any) -> Place:
+    """Where an open file lies: h5py knows URLs by what it could print of them only."""
+    return _URLS.get(file.filename) or Path(file.filename)
+
+
+def _without_lock(path: Place, error: OSError) -> Any:
     """A file that another program is writing: without the lock, then as one of a single writer and many readers."""
     import h5py
 
@@ -81,7 +119,7 @@ def _without_lock(path: Path, error: OSError) -> Any:
     raise InputError(_why(path, error)) from None
 
 
-def _why(path: Path, error: OSError) -> str:
+def _why(path: Place, error: OSError) -> str:
     """Why a file can't be opened, in sizes."""
     size = path.stat().st_size
     if size == 0:
@@ -117,6 +155,10 @@ def walk(file: Any) -> tuple[dict[str, Any], list[str]]:
         group = groups.pop(0)
         links = [(name, group.get(name, getlink=True)) for name in group]
         for name, link in sorted(links, key=lambda pair: not isinstance(pair[1], h5py.HardLink)):
+            if isinstance(link, h5py.ExternalLink) and isinstance(located(file), Url):
+                # HDF5 would look for it in this file
+                broken.append(link.filename)
+                continue
             try:
                 item = group[name]
             except (KeyError, OSError):
@@ -197,9 +239,7 @@ def calls(dset: Any, stored: np.dtype[Any]) -> Calls:
         chunk = tuple(min(c, n) for c, n in zip(dset.chunks[:-2], nav, strict=True))
     else:
         chunk = (1,) * (len(nav) - 1) + (nav[-1],)
-    return Calls(
-        Reader(Path(dset.file.filename).absolute(), dset.name, stored.newbyteorder("=")), chunk, concurrent=False
-    )
+    return Calls(Reader(located(dset.file).absolute(), dset.name, stored.newbyteorder("=")), chunk, concurrent=False)
 
 
 def _plugins() -> bool:
@@ -215,7 +255,7 @@ def _plugins() -> bool:
 class Reader:
     """Reads boxes of a dataset through h5py; opens the file for each, so that it can travel to other processes."""
 
-    path: Path
+    path: Place
     name: str
     dtype: np.dtype[Any]
 
@@ -228,5 +268,7 @@ class Reader:
                     dset = file[self.name]
                     data = dset[box] if dset.ndim == len(box) else dset[box[1:]][None][box[0]]
             except (OSError, RuntimeError, KeyError) as error:
-                raise DataError(f"{self.path}: {self.name} can't be read through h5py: {error}") from None
+                # HDF5 hands on what the system said; without that, it is the file that is broken
+                failed = ReadError if re.search(r"errno = [1-9]", str(error)) else DataError
+                raise failed(f"{self.path}: {self.name} can't be read through h5py: {error}") from None
         return np.asarray(data, self.dtype)

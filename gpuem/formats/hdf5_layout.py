@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from gpuem.errors import InputError, TruncatedError
-from gpuem.formats.hdf5_file import Files, calls, opened, pixel_type
+from gpuem.formats.hdf5_file import Files, calls, located, opened, pixel_type
+from gpuem.formats.remote import Place, Url
 from gpuem.formats.source import Chunks, Layout, Piece, Runs, Step
 
 _PLAIN = {1: "deflate", 3: "fletcher32", 32000: "lzf", 32001: "blosc", 32004: "lz4", 32015: "zstd"}
@@ -55,6 +56,11 @@ def describe(dset: Any, files: Files, *, fit: bool) -> list[Piece]:
         pieces = _contiguous(dset, stored, files, fit=fit)
     else:
         pieces = None
+    if pieces is None and isinstance(_path(dset), Url) and (dset.is_virtual or dset.external):
+        raise InputError(
+            f"{_path(dset)}: {dset.name} is put together from other files in a way that only HDF5 itself can follow, "
+            "and it can't over a network; copy all of them to a disk"
+        )
     if pieces is None:
         layout: Layout = calls(dset, stored)
         files.index(_path(dset))
@@ -62,8 +68,8 @@ def describe(dset: Any, files: Files, *, fit: bool) -> list[Piece]:
     return pieces
 
 
-def _path(dset: Any) -> Path:
-    return Path(dset.file.filename)
+def _path(dset: Any) -> Place:
+    return located(dset.file)
 
 
 def _contiguous(dset: Any, stored: np.dtype[Any], files: Files, *, fit: bool) -> list[Piece]:
@@ -164,10 +170,10 @@ def _shift(dset: Any, entry: Any) -> int:
     return int(dset.id.get_chunk_info_by_coord(entry.chunk_offset).byte_offset - entry.byte_offset)
 
 
-def beside(dset: Any, name: str) -> Path:
+def beside(dset: Any, name: str) -> Place:
     """A file that an HDF5 file names: beside it, else from the working directory as HDF5 does; it may be missing."""
     near = _path(dset).parent / name
-    return near if near.exists() or not Path(name).exists() else Path(name)
+    return near if isinstance(near, Url) or near.exists() or not Path(name).exists() else Path(name)
 
 
 def _external(dset: Any, stored: np.dtype[Any], files: Files, *, fit: bool) -> list[Piece] | None:

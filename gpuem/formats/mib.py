@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import numpy as np
 from gpuem.errors import InputError, TruncatedError
 from gpuem.formats import mib_files
 from gpuem.formats.mib_files import Frames, integer, parse_hdr
+from gpuem.formats.remote import Place
 from gpuem.formats.source import Piece, Runs, Source
 
 
@@ -25,17 +25,17 @@ from gpuem.formats.source import Piece, Runs, Source
 class _Hdr:
     """The acquisition's .hdr file: its path, and whether the user named it."""
 
-    path: Path | None
+    path: Place | None
     named: bool
     fields: Mapping[str, str]
 
 
-def read_header(paths: tuple[Path, ...], *, fit: bool = False) -> Source:
+def read_header(paths: tuple[Place, ...], *, fit: bool = False) -> Source:
     """Describe Merlin frames.
 
     Parameters
     ----------
-    paths : tuple of Path
+    paths : tuple of Path or Url
         A .mib file or its .hdr: the numbered files of the same acquisition are found. Several .mib files are taken as
         they are, in their order; a .hdr may stand among them.
     fit : bool
@@ -84,7 +84,7 @@ def read_header(paths: tuple[Path, ...], *, fit: bool = False) -> Source:
     )
 
 
-def _find(paths: tuple[Path, ...]) -> tuple[_Hdr, tuple[Path, ...]]:
+def _find(paths: tuple[Place, ...]) -> tuple[_Hdr, tuple[Place, ...]]:
     """The acquisition's .hdr, where there is one, and the .mib files to begin with."""
     named = [p for p in paths if p.suffix.lower() == ".hdr"]
     mibs = tuple(p for p in paths if p.suffix.lower() != ".hdr")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from gpuem.errors import InputError
+from gpuem.formats.remote import Place, Url, beside
 from gpuem.formats.source import File, Step
 
 # a Medipix chip is 256 pixels wide, whatever part of its rows is read
@@ -89,7 +89,7 @@ def integer(fields: Mapping[str, str], key: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 16 else None
 
 
-def parse_hdr(path: Path) -> dict[str, str]:
+def parse_hdr(path: Place) -> dict[str, str]:
     """Keys and values of an acquisition's .hdr; raises InputError where it isn't Merlin's."""
     try:
         with path.open("rb") as stream:
@@ -102,7 +102,7 @@ def parse_hdr(path: Path) -> dict[str, str]:
     return {key.strip().removesuffix(":"): value.strip() for key, tab, value in pairs if tab}
 
 
-def hdr_beside(mib: Path) -> Path | None:
+def hdr_beside(mib: Place) -> Place | None:
     """The .hdr of a .mib file: of the same name, or of a series' name without its number."""
     numbered = _NUMBERED.fullmatch(mib.stem)
     stems = [mib.stem, *([numbered["name"], numbered["name"].rstrip("_-. ")] if numbered else [])]
@@ -110,14 +110,14 @@ def hdr_beside(mib: Path) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def mib_beside(hdr: Path) -> Path:
+def mib_beside(hdr: Place) -> Place:
     """The .mib file of a .hdr: of the same name, or the first of the series of that name."""
     for suffix in (".mib", ".MIB"):
         if (path := hdr.with_suffix(suffix)).is_file():
             return path
     series = [
         (int(match["digits"]), len(path.name), path.name, path)
-        for path in hdr.parent.iterdir()
+        for path in beside(hdr)
         if path.suffix.lower() == ".mib"
         and (match := _NUMBERED.fullmatch(path.stem))
         and match["name"].rstrip("_-. ") == hdr.stem.rstrip("_-. ")
@@ -127,7 +127,7 @@ def mib_beside(hdr: Path) -> Path:
     return min(series)[-1]
 
 
-def listed(paths: tuple[Path, ...], depth: int | None) -> list[Frames]:
+def listed(paths: tuple[Place, ...], depth: int | None) -> list[Frames]:
     """The files as given; raises InputError unless they are of one kind."""
     files = [read_file(path, depth) for path in paths]
     for f in files[1:]:
@@ -140,7 +140,7 @@ def listed(paths: tuple[Path, ...], depth: int | None) -> list[Frames]:
     return files
 
 
-def around(path: Path, depth: int | None) -> tuple[list[Frames], list[str]]:
+def around(path: Place, depth: int | None) -> tuple[list[Frames], list[str]]:
     """The file and those before and after it in its series: numbered on, alike, sequence numbers without a gap.
 
     Many files end in a number without being a series; the frames' own numbers tell. What is named alike but left out is
@@ -151,6 +151,8 @@ def around(path: Path, depth: int | None) -> tuple[list[Frames], list[str]]:
     if not numbered:
         return files, []
     named = _named_alike(path, numbered["name"], numbered["digits"])
+    if not named and isinstance(path, Url):
+        return files, [f"{path}: its server doesn't list its files; give all paths if it is one of a series"]
     number = int(numbered["digits"])
     used = {number}
     for step in (1, -1):
@@ -174,10 +176,10 @@ def around(path: Path, depth: int | None) -> tuple[list[Frames], list[str]]:
     ]
 
 
-def _named_alike(path: Path, name: str, digits: str) -> dict[int, Path]:
+def _named_alike(path: Place, name: str, digits: str) -> dict[int, Place]:
     """Files beside `path` whose names differ in the last number only, by that number."""
-    found: dict[int, Path] = {}
-    for other in sorted(path.parent.iterdir(), key=lambda p: len(p.stem) != len(path.stem)):
+    found: dict[int, Place] = {}
+    for other in sorted(beside(path), key=lambda p: len(p.stem) != len(path.stem)):
         match = _NUMBERED.fullmatch(other.stem)
         if not match or match["name"] != name or other.suffix != path.suffix:
             continue
@@ -188,12 +190,12 @@ def _named_alike(path: Path, name: str, digits: str) -> dict[int, Path]:
     return found
 
 
-def read_file(path: Path, depth: int | None = None) -> Frames:
+def read_file(path: Place, depth: int | None = None) -> Frames:
     """Read a file's first header and count its frames.
 
     Parameters
     ----------
-    path : Path
+    path : Path or Url
         The .mib file.
     depth : int or None
         Counter depth from the .hdr, for raw files of older software whose frames don't say it.
@@ -226,7 +228,7 @@ def read_file(path: Path, depth: int | None = None) -> Frames:
     return Frames(file, header, image, whole, rest, last)
 
 
-def _parse(path: Path, stream: BinaryIO) -> Header:
+def _parse(path: Place, stream: BinaryIO) -> Header:
     """The first frame's header, at the beginning of `stream`."""
     begin = stream.read(64)
     if not begin.startswith(b"MQ1,"):
@@ -273,7 +275,7 @@ def _arrangement(header: Header) -> tuple[int, int]:
     return (int(match[2]), int(match[1])) if match else (0, 0)
 
 
-def _image(path: Path, header: Header, depth: int | None) -> Image:
+def _image(path: Place, header: Header, depth: int | None) -> Image:
     """What the header says of the image."""
     if header.kind in _STORED:
         stored = np.dtype(_STORED[header.kind])

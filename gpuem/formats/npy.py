@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import math
 import tokenize
-from pathlib import Path
 
 import numpy as np
 from numpy.lib import format as npy
 
 from gpuem.errors import InputError, TruncatedError
 from gpuem.formats.raw import native_type, pixel_type
+from gpuem.formats.remote import Place
 from gpuem.formats.source import File, Piece, Runs, Source, Strided
 
 
-def read_header(paths: tuple[Path, ...], *, fit: bool = False) -> Source:
+def read_header(paths: tuple[Place, ...], *, fit: bool = False) -> Source:
     """Describe a .npy file whose last two axes are the detector (y, x).
 
     Parameters
     ----------
-    paths : tuple of Path
+    paths : tuple of Path or Url
         One file.
     fit : bool
         Go on with the whole frames of a truncated file (C order only).
@@ -54,6 +54,11 @@ def read_header(paths: tuple[Path, ...], *, fit: bool = False) -> Source:
         if not fit or fortran:
             raise TruncatedError(f"{message}; set fit = true to go on with them (C order only)", whole)
         notes = (message,)
+    if fortran and file.remote:
+        raise InputError(
+            f"{path}: in Fortran order the pixels of a frame lie all over the file, too far apart for a network: "
+            "copy it to a disk, or save it in C order"
+        )
     if fortran:
         strides = tuple(stored.itemsize * math.prod(shape[:k]) for k in range(len(shape)))
         strides = strides if len(shape) > 2 else (frame_bytes, *strides)
@@ -63,7 +68,7 @@ def read_header(paths: tuple[Path, ...], *, fit: bool = False) -> Source:
     return Source("npy", (file,), (piece,), frames, frame, native_type(stored), nav, notes=notes)
 
 
-def _parse(path: Path) -> tuple[tuple[int, ...], bool, np.dtype[np.generic], int]:
+def _parse(path: Place) -> tuple[tuple[int, ...], bool, np.dtype[np.generic], int]:
     """Shape, Fortran order, stored type and data offset."""
     with path.open("rb") as stream:
         try:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 
 from gpuem.errors import InputError, RecipeError, TruncatedError
+from gpuem.formats.remote import Place
 from gpuem.formats.source import File, Piece, Runs, Source
 
 
 def read_header(
-    paths: tuple[Path, ...],
+    paths: tuple[Place, ...],
     *,
     frame: tuple[int, int] | None = None,
     dtype: str | None = None,
@@ -25,7 +25,7 @@ def read_header(
 
     Parameters
     ----------
-    paths : tuple of Path
+    paths : tuple of Path or Url
         The files, read one after another.
     frame : tuple of int
         Detector shape (y, x).

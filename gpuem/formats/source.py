@@ -17,30 +17,36 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpuem.axes import Axis
+from gpuem.formats.remote import Place, Url
 
 Box = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
 class File:
-    """A file as it was when its header was read; a run refuses one that changed since."""
+    """A file, or an object of a store, as it was when its header was read; a run refuses one that changed since."""
 
-    path: Path
+    path: Place
     size: int
     mtime_ns: int
+    etag: str = ""
 
     @classmethod
-    def of(cls, path: Path) -> File:
+    def of(cls, path: Place) -> File:
         """The file at `path` as it is now."""
         stat = path.stat()
-        return cls(path, stat.st_size, stat.st_mtime_ns)
+        return cls(path, stat.st_size, stat.st_mtime_ns, getattr(stat, "etag", ""))
+
+    @property
+    def remote(self) -> bool:
+        """Whether it comes over the network, by its URL."""
+        return isinstance(self.path, Url)
 
 
 @dataclass(frozen=True)
@@ -269,6 +275,11 @@ class Source:
     def in_files(self) -> bool:
         """Whether anything has to be read from files; not so for data that is in memory or on a GPU."""
         return any(not isinstance(piece.layout, Resident | Calls) for piece in self.pieces)
+
+    @property
+    def remote(self) -> bool:
+        """Whether any of its files comes over the network, by its URL."""
+        return any(file.remote for file in self.files)
 
     @property
     def frame_nbytes(self) -> int:

@@ -15,7 +15,6 @@ import functools
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuem.errors import DataError, DeviceError, GpuemError, InputError, RecipeError
+from gpuem.formats.remote import Place, Url
 from gpuem.formats.source import File
+from gpuem.storage import gds_remote
+from gpuem.storage.gds_errors import failure, words
 from gpuem.storage.host import Files
 from gpuem.storage.residency import cached_share
 
@@ -93,7 +95,7 @@ def mode() -> Mode:
     except (ImportError, OSError, RuntimeError, ValueError, AttributeError, KeyError) as error:
         if getattr(error, "name", "") == "kvikio":
             return Mode(False, "kvikio isn't installed; install kvikio-cu13 (CUDA 13) or kvikio-cu12 (CUDA 12)", 0)
-        return Mode(False, f"kvikio can't be used: {_words(error)}", 0)
+        return Mode(False, f"kvikio can't be used: {words(error)}", 0)
     if obstacle:
         return Mode(False, obstacle, threads)
     available, reason = _cufile()
@@ -103,7 +105,7 @@ def mode() -> Mode:
 class Reading:
     """A read that is under way; made by `Reader.read`. One thread waits for it."""
 
-    def __init__(self, reader: Reader, future: Any, target: Any, what: tuple[Path, int, int]) -> None:
+    def __init__(self, reader: Reader, future: Any, target: Any, what: tuple[Place, int, int]) -> None:
         self._reader = reader
         self._future = future
         # kvikio writes to an address: the memory has to stay allocated for as long as it does
@@ -121,7 +123,7 @@ class Reading:
         Raises
         ------
         DataError
-            The device fails, or the file ends too early.
+            The device fails (ReadError), or the file ends too early.
         DeviceError
             The GPU fails.
         """
@@ -134,7 +136,7 @@ class Reading:
                         f"{path}: only {got} of {length} bytes at {offset} could be read; the file is truncated"
                     )
             except (RuntimeError, OSError) as error:
-                self._error = _failure(self._what, error)
+                self._error = failure(self._what, error)
                 self._error.__cause__ = error
             self._future = self._target = None
             self._reader._under_way.discard(self)
@@ -154,8 +156,8 @@ class Reader:
     files : tuple of File
         Files as they were when their headers were read.
     direct : bool, optional
-        Refuse what can't be read directly. Without it kvikio may, file by file and without saying so, read through host
-        memory; that is for tests and measurements.
+        Refuse what can't be read directly; of local files. Without it kvikio may, file by file and without saying so,
+        read through host memory; that is for tests and measurements.
 
     Raises
     ------
@@ -165,18 +167,20 @@ class Reader:
 
     def __init__(self, files: tuple[File, ...], *, direct: bool = True) -> None:
         self._files = files
-        self._direct = direct
+        remote = all(file.remote for file in files)
+        self._direct = direct and not remote
         self._handles: dict[int, Any] = {}
         self._under_way: set[Reading] = set()
         self._lock = threading.Lock()
         now = mode()
         # forbidding the detour where cuFile doesn't work would end in a loop inside cuFile
-        if not now.threads or (direct and not now.available):
+        if not now.threads or (self._direct and not now.available):
             raise DeviceError(_NOT_AVAILABLE.format(now.reason))
         self._kvikio = importlib.import_module("kvikio")
         self._defaults = importlib.import_module("kvikio.defaults")
-        if int(self._defaults.get("num_threads")) != now.threads:
-            self._defaults.set("num_threads", now.threads)
+        threads = max(now.threads, gds_remote.THREADS) if remote else now.threads
+        if int(self._defaults.get("num_threads")) != threads:
+            self._defaults.set("num_threads", threads)
 
     def __del__(self) -> None:
         self.close()
@@ -210,7 +214,7 @@ class Reader:
         try:
             future = self.open(k).pread(target, size=length, file_offset=offset, task_size=_TASK)
         except (RuntimeError, OSError) as error:
-            raise _failure(what, error) from error
+            raise failure(what, error) from error
         reading = Reading(self, future, target, what)
         self._under_way.add(reading)
         return reading
@@ -241,6 +245,9 @@ class Reader:
             return self._handles[k]
 
     def _opened(self, file: File) -> Any:
+        if isinstance(file.path, Url):
+            Files((file,)).check()
+            return gds_remote.open_file(file, self._kvikio)
         try:
             # kvikio's own message doesn't say which file it is
             os.close(os.open(file.path, os.O_RDONLY))
@@ -252,7 +259,7 @@ class Reader:
                 handle = self._kvikio.CuFile(file.path, "r")
         except (RuntimeError, OSError) as error:
             raise DeviceError(
-                f"{file.path}: cuFile can't read it straight into a GPU: {_words(error)}; gdscheck -p lists the file "
+                f"{file.path}: cuFile can't read it straight into a GPU: {words(error)}; gdscheck -p lists the file "
                 "systems from which it can"
             ) from error
         try:
@@ -284,7 +291,7 @@ def choose(asked: str, files: tuple[File, ...], extents_aligned: bool) -> tuple[
     Returns
     -------
     kind, reason : str
-        "pinned" or "gds", and why in words.
+        "pinned", "gds" or "kvikio" (remote files), and why in words.
 
     Raises
     ------
@@ -297,6 +304,8 @@ def choose(asked: str, files: tuple[File, ...], extents_aligned: bool) -> tuple[
         raise RecipeError(f"the way to the GPU is {asked!r}; auto, pinned and gds are known")
     if asked == "pinned":
         return "pinned", "pinned memory was asked for"
+    if any(file.remote for file in files):
+        return gds_remote.choose(asked, files)
     now = mode()
     looked_at = files[:: max(1, len(files) // _FILES_LOOKED_AT)]
     obstacle = _refusal(looked_at) if now.available else now.reason
@@ -351,7 +360,7 @@ def _cufile() -> tuple[bool, str]:
             )
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            return False, f"cuFile can't be opened: {_words(last)}; gdscheck -p says more"
+            return False, f"cuFile can't be opened: {words(last)}; gdscheck -p says more"
         version, nvidia_fs, p2pdma, may_detour = json.loads(done.stdout.strip().splitlines()[-1])
     except subprocess.TimeoutExpired:
         return False, f"cuFile didn't answer within {_PATIENCE_SECONDS:g} s; gdscheck -p says more"
@@ -377,22 +386,7 @@ def _refusal(files: tuple[File, ...]) -> str:
 
 def _cached(files: tuple[File, ...]) -> float | None:
     """Share of the files' bytes that lie in the page cache; None where it can't be known."""
-    shares = [cached_share(file.path) for file in files]
+    shares = [cached_share(str(file.path)) for file in files]
     if None in shares:
         return None
     return float(np.average(np.array(shares, float), weights=[max(1, file.size) for file in files]))
-
-
-def _failure(what: tuple[Path, int, int], error: Exception) -> GpuemError:
-    """What kvikio's error means: it knows only one kind, for files and for GPUs."""
-    path, offset, length = what
-    words = _words(error)
-    message = f"{path}: reading {length} bytes at {offset} through kvikio: {words}"
-    if "cuda" in words.lower():
-        return DeviceError(f"{message}; the GPU or its driver fails")
-    return DataError(f"{message}; the file is truncated or its device fails")
-
-
-def _words(error: Exception | str) -> str:
-    """An error's message without the place in kvikio's sources."""
-    return re.sub(r"^.* at: \S+: ", "", str(error), flags=re.DOTALL) or repr(error)

@@ -118,6 +118,7 @@ def modules() -> dict[str, StandInModule]:
         cufft=cufft,
         Stream=streams.Stream,
         Event=streams.Event,
+        get_elapsed_time=streams.get_elapsed_time,
         Device=CupyDevice,
         alloc_pinned_memory=memory.alloc_pinned_memory,
     )

@@ -9,6 +9,7 @@ import ctypes
 import random
 import re
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +28,9 @@ DRIVER_ERRORS = {
     ),
     100: ("NoDevice", "NO_DEVICE", "no CUDA-capable device is detected"),
     209: ("NoKernelImageForDevice", "NO_BINARY_FOR_GPU", "no kernel image is available for execution on the device"),
+    400: ("InvalidResourceHandle", "INVALID_HANDLE", "invalid resource handle"),
     500: ("SymbolNotFound", "NOT_FOUND", "named symbol not found"),
+    600: ("NotReady", "NOT_READY", "device not ready"),
     700: ("IllegalAddress", "ILLEGAL_ADDRESS", "an illegal memory access was encountered"),
 }
 _libc = ctypes.CDLL(None)
@@ -79,10 +82,11 @@ class Storage:
 
 @dataclass(eq=False)
 class Recording:
-    """One record of an event: done when its queue has come so far."""
+    """One record of an event: done when its queue has come so far, at a time of `time.perf_counter`."""
 
     queue: Queue
     done: bool = False
+    at: float = 0.0
 
 
 @dataclass(eq=False)
@@ -220,7 +224,7 @@ class Device:
         if operation.work:
             operation.work()
         if operation.marks:
-            operation.marks.done = True
+            operation.marks.done, operation.marks.at = True, time.perf_counter()
 
     @contextmanager
     def locked(self) -> Iterator[None]:

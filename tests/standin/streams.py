@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-from standin.device import Device, Operation, Recording
+from standin.device import CUDARuntimeError, Device, Operation, Recording
 
 installed: list[Device] = []
 _thread = threading.local()
@@ -83,6 +83,7 @@ class Event(Strict):
             raise TypeError("the stand-in has no events between processes")
         device().require()
         self._device = device()
+        self._timing = not disable_timing
         self._recording: Recording | None = None
 
     @property
@@ -104,6 +105,18 @@ class Event(Strict):
         if self._recording:
             self._device.drain(self._recording.queue, self._recording)
             self._device.wander()
+
+
+def get_elapsed_time(start_event: Event, end_event: Event) -> float:
+    """cupy.cuda.get_elapsed_time: milliseconds from when one was reached to when the other one was."""
+    times = []
+    for event in (start_event, end_event):
+        if not event._timing or event._recording is None:
+            raise CUDARuntimeError(400)
+        if not event._recording.done:
+            raise CUDARuntimeError(600)
+        times.append(event._recording.at)
+    return (times[1] - times[0]) * 1e3
 
 
 def _streams() -> list[Stream]:

@@ -1,0 +1,136 @@
+"""Runs that keep what is finished: every shard goes to the run folder as it ends, and is not run again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+
+from gpuem.checkpoint import Store
+from gpuem.engine import Job, Partial, Totals, combine
+from gpuem.errors import GpuemError, ResumableError
+from gpuem.executors import Crew
+from gpuem.run_folder import RunFolder
+
+Progress = Callable[[int], None]
+
+
+def run(job: Job, crew: Crew, folder: RunFolder, progress: Progress | None = None) -> Totals:
+    """Run the shards that are not in the folder yet, keep each as it ends, combine all.
+
+    Parameters
+    ----------
+    job : Job
+        The run.
+    crew : Crew
+        Who runs what is missing.
+    folder : RunFolder
+        Where finished shards are kept.
+    progress : callable
+        Called with the number of frames of every shard.
+
+    Raises
+    ------
+    ResumableError
+        It ended early: stopped, out of workers, out of disk. What is finished is in the folder.
+    """
+    store = Store(folder.store, job)
+    store.look()
+    damaged = store.verify()
+    if damaged:
+        folder.report("damaged", shards=damaged[:100], count=len(damaged))
+    done, began = len(store.finished), time.monotonic()
+    folder.report("start", **_facts(job), executor=crew.name, workers=crew.workers(job), done=done)
+    with resumable(folder, job, store), closing(_partials(job, crew, folder, store)) as partials:
+        store.begin()
+        totals = combine(job, told(partials, progress))
+    folder.report("finish", seconds=round(time.monotonic() - began, 3), done=len(job.plan.shards))
+    return totals
+
+
+def _partials(job: Job, crew: Crew, folder: RunFolder, store: Store) -> Generator[Partial]:
+    """The results of all shards: those that are kept, and those that are missing, which are run and kept."""
+    count, kept = len(job.plan.shards), set(store.finished)
+    missing = [shard for shard in range(count) if shard not in kept]
+    with closing(crew.run(job, missing, folder.report)) as computed:
+        for shard in range(count):
+            if shard in kept:
+                yield store.read(shard)
+            while shard not in store.finished:
+                partial = next(computed)
+                store.write(partial)
+                report_shard(folder, job, partial)
+                yield partial
+
+
+def told(partials: Iterator[Partial], progress: Progress | None) -> Iterator[Partial]:
+    """The same partial results; `progress` is told of each."""
+    for partial in partials:
+        if progress:
+            progress(partial.positions.size + sum(item.indices.size for item in partial.lost))
+        yield partial
+
+
+@contextmanager
+def resumable(folder: RunFolder, job: Job, store: Store) -> Iterator[None]:
+    """Whatever ends the run early: keep what is finished, and say how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, ResumableError, OSError, MemoryError, StopIteration) as error:
+        why = _why(error)
+        folder.report("stop", why=why, done=len(store.finished), shards=len(job.plan.shards))
+        if not store.finished:
+            raise ResumableError(f"{why}. No shard was finished yet; run it again") from error
+        raise ResumableError(
+            f"{why}. {len(store.finished):,} of {len(job.plan.shards):,} shards are finished and kept in "
+            f"{folder.path}; to go on: the same command with --resume"
+        ) from error
+    except GpuemError as error:
+        folder.report("error", why=str(error), done=len(store.finished))
+        raise
+    finally:
+        job.stop.set()
+        try:
+            store.close()
+        except OSError as error:
+            # what didn't reach the disk has no valid checksum
+            folder.report("error", why=f"{store.folder}: {error.strerror}")
+
+
+def report_shard(folder: RunFolder, job: Job, partial: Partial) -> None:
+    """A line of the log for a finished shard."""
+    frames = partial.positions.size
+    folder.report(
+        "shard",
+        shard=partial.shard,
+        worker=partial.worker,
+        began=round(partial.began, 4),
+        ended=round(partial.ended, 4),
+        frames=frames,
+        nbytes=frames * job.source.frame_nbytes,
+        seconds={stage: round(seconds, 5) for stage, seconds in partial.seconds.items()},
+    )
+    broken = sum(item.indices.size for item in partial.lost)
+    if broken:
+        folder.report("masked", shard=partial.shard, frames=broken, why=partial.lost[0].message)
+
+
+def _facts(job: Job) -> dict[str, object]:
+    wanted = int(job.wanted.sum())
+    return {
+        "shards": len(job.plan.shards),
+        "frames": wanted,
+        "nbytes": wanted * job.source.frame_nbytes,
+        "device": job.facts.get("device", job.backend.NAME),
+    }
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "stopped by Ctrl-C"
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"finished shards can't be kept: {where}{error.strerror or error}"
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return str(error) or type(error).__name__
