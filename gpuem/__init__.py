@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         TruncatedError,
     )
     from gpuem.job import run, run_recipe
+    from gpuem.many import run_recipes
     from gpuem.results import Results, load_results
 
 _WHERE = {
@@ -53,6 +54,7 @@ _WHERE = {
     "open": "dataset",
     "run": "job",
     "run_recipe": "job",
+    "run_recipes": "many",
 }
 
 __all__ = [
@@ -76,6 +78,7 @@ __all__ = [
     "open",
     "run",
     "run_recipe",
+    "run_recipes",
 ]
 
 

@@ -13,6 +13,8 @@ two processes write one file: network file systems write whole pages, and would 
 from __future__ import annotations
 
 import errno
+import io
+import itertools
 import json
 import math
 import os
@@ -20,7 +22,7 @@ import shutil
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +32,8 @@ from gpuem.engine import Job, Partial
 from gpuem.errors import OutputError
 
 Array = NDArray[Any]
+Bytes = bytes | memoryview
+_NOTHING = np.empty(0, np.int64)
 
 
 class Store:
@@ -46,11 +50,12 @@ class Store:
     def __init__(self, folder: Path, job: Job) -> None:
         self.folder = folder
         self._rows = _row_arrays(job)
-        self._images = job.prepared.shape
-        self._dtype = job.prepared.dtype
-        self._positions = job.wanted.size
-        self._files: dict[str, BinaryIO] = {}
-        self._starts: dict[str, int] = {}
+        self._headers = {name: _header((job.wanted.size, *shape), dtype) for name, (shape, dtype) in self._rows.items()}
+        self._images = _image_arrays(job)
+        self._nbytes = nbytes(job)
+        self._shards = tuple(shard.frames for shard in job.plan.shards)
+        self._files: dict[str, int] = {}
+        self._ends: dict[str, int] = {}
         self.finished: dict[int, dict[str, Any]] = {}
 
     def begin(self) -> None:
@@ -59,29 +64,28 @@ class Store:
         Raises
         ------
         OutputError
-            There is no room for the maps.
+            There is no room for them.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        needed = sum(self._positions * math.prod(shape) * dtype.itemsize for shape, dtype in self._rows.values())
         free = shutil.disk_usage(self.folder).free
-        if needed > free and not self.finished:
+        if self._nbytes > free and not self.finished:
             raise OutputError(
-                f"{self.folder}: finished shards need {needed / 1e6:,.0f} MB of disk and {free / 1e6:,.0f} MB are free; "
-                "make room, or choose another [output] path"
+                f"{self.folder}: finished shards need {self._nbytes / 1e6:,.0f} MB of disk and {free / 1e6:,.0f} MB "
+                "are free; make room, or choose another [output] path"
             )
-        for name, (shape, dtype) in self._rows.items():
-            path = self.folder / f"{name}.npy"
-            if not path.exists():
-                _create(path, (self._positions, *shape), dtype)
-        for name in (*(f"{name}.npy" for name in self._rows), "sums.bin", "done.jsonl"):
-            path = self.folder / name
-            path.touch()
-            # what a crash left of a line is taken off, so that the next one begins at its place
-            if name == "done.jsonl":
-                os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-            self._open(name, "r+b")
-        for name in ("sums.bin", "done.jsonl"):
-            self._files[name].seek(0, os.SEEK_END)
+        # what was opened to be read is opened anew
+        self._release()
+        for name, (header, nbytes) in self._headers.items():
+            file = self._open(f"{name}.npy", os.O_RDWR | os.O_CREAT)
+            # always, whatever is there: then it is right. Of the rest the system reserves what is used
+            _write(file, header, 0)
+            if os.fstat(file).st_size < len(header) + nbytes:
+                os.ftruncate(file, len(header) + nbytes)
+        done = self._open("done.jsonl", os.O_RDWR | os.O_CREAT)
+        # what a crash left of a line is taken off, so that the next one begins at its place
+        self._ends["done.jsonl"] = (self.folder / "done.jsonl").read_bytes().rfind(b"\n") + 1
+        os.ftruncate(done, self._ends["done.jsonl"])
+        self._ends["sums.bin"] = os.fstat(self._open("sums.bin", os.O_RDWR | os.O_CREAT)).st_size
 
     def look(self) -> None:
         """Find out which shards are finished, without checking them."""
@@ -99,13 +103,17 @@ class Store:
         damaged = []
         for shard in sorted(self.finished):
             try:
-                fits = _checksum(self.read(shard)) == self.finished[shard]["check"]
-            except (OSError, ValueError, KeyError, TypeError, IndexError):
+                fits = _checksum(self.finished[shard], self.read(shard)) == self.finished[shard]["check"]
+            except (OSError, ValueError, LookupError, TypeError, ArithmeticError):
                 fits = False
             if not fits:
                 damaged.append(shard)
                 del self.finished[shard]
         return damaged
+
+    def broken(self) -> list[int]:
+        """Finished shards in which broken frames were masked."""
+        return [shard for shard, record in self.finished.items() if any(broken for _, _, broken, _ in record["lost"])]
 
     def write(self, partial: Partial) -> None:
         """Keep a finished shard.
@@ -118,101 +126,108 @@ class Store:
         sums = partial.sums
         for name, rows in _arrays_of(sums).items():
             self._write_rows(name, partial.positions, rows)
-        log = self._files["sums.bin"]
-        at = log.tell()
-        for array in (partial.positions, sums.total, sums.maximum):
-            log.write(_bytes(array))
-        log.flush()
-        record = {
+        at = self._append("sums.bin", *(_bytes(array) for array in (partial.positions, sums.total, sums.maximum)))
+        record: dict[str, Any] = {
             "shard": partial.shard,
-            "check": _checksum(partial),
             "at": at,
             "frames": partial.positions.size,
-            "total": [list(sums.total.shape), sums.total.dtype.str],
-            "maximum": [list(sums.maximum.shape), sums.maximum.dtype.str],
             "lost": [[_runs(item.indices), item.message, item.broken, item.reading] for item in partial.lost],
             "seconds": {stage: round(seconds, 6) for stage, seconds in partial.seconds.items()},
             "worker": partial.worker,
             "began": partial.began,
             "ended": partial.ended,
         }
-        done = self._files["done.jsonl"]
-        done.write(json.dumps(record).encode() + b"\n")
-        done.flush()
+        record["check"] = _checksum(record, partial)
+        self._append("done.jsonl", json.dumps(record).encode() + b"\n")
         self.finished[partial.shard] = record
 
     def read(self, shard: int) -> Partial:
         """A finished shard, as it was when it ended."""
         record = self.finished[shard]
-        log = self._open("sums.bin")
         at, frames = int(record["at"]), int(record["frames"])
+        if not 0 <= frames <= self._shards[shard]:
+            raise ValueError(f"shard {shard}: {frames} frames, but it has {self._shards[shard]}")
+        log = self._open("sums.bin")
         positions = _from(log, at, (frames,), np.dtype(np.int64))
         at += positions.nbytes
         images = []
-        for name in ("total", "maximum"):
-            shape, dtype = record[name]
-            images.append(_from(log, at, tuple(shape), np.dtype(dtype)))
+        for shape, dtype in self._images:
+            images.append(_from(log, at, shape, dtype))
             at += images[-1].nbytes
         rows = {name: self._read_rows(name, positions) for name in self._rows}
         fits = tuple(rows[name] for name in self._rows if name.startswith("fit-"))
         sums = Sums(rows["masks"], rows["images"], rows["moments"], images[0], images[1], fits)
         lost = tuple(
-            Lost(np.concatenate([np.arange(a, b) for a, b in runs]), message, broken, reading)
+            Lost(np.concatenate([_NOTHING, *(np.arange(a, b) for a, b in runs)]), message, broken, reading)
             for runs, message, broken, reading in record["lost"]
         )
         times = record["worker"], record["began"], record["ended"]
         return Partial(shard, positions, sums, lost, dict(record["seconds"]), *times)
 
     def close(self) -> None:
-        """Bring all that was written to the disk, close the files."""
+        """Bring all that was written to the disk, close the files.
+
+        Raises
+        ------
+        OSError
+            Some of it didn't reach the disk; its shards have no valid checksum.
+        """
+        try:
+            for name in self._ends.keys() | {f"{name}.npy" for name in self._rows} if self._ends else ():
+                os.fsync(self._files[name])
+        finally:
+            self._release()
+
+    def _release(self) -> None:
         for file in self._files.values():
-            if file.writable():
-                file.flush()
-                os.fsync(file.fileno())
-            file.close()
+            os.close(file)
         self._files.clear()
+        self._ends.clear()
+
+    def _append(self, name: str, *data: Bytes) -> int:
+        """Add to the end of a file; returns where that begins. What failed to be added is written over by the next."""
+        start = at = self._ends[name]
+        for part in data:
+            _write(self._files[name], part, at)
+            at += len(part)
+        self._ends[name] = at
+        return start
 
     def _write_rows(self, name: str, positions: NDArray[np.int64], rows: Array) -> None:
         if not rows.size:
             return
-        descriptor, width = self._files[f"{name}.npy"].fileno(), rows[0].nbytes
+        start, width = len(self._headers[name][0]), rows[0].nbytes
         for first, last in _stretches(positions):
-            data = _bytes(rows[first:last])
-            at = self._starts[name] + int(positions[first]) * width
-            written = 0
-            while written < len(data):
-                count = os.pwrite(descriptor, data[written:], at + written)
-                if count == 0:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                written += count
+            _write(self._files[f"{name}.npy"], _bytes(rows[first:last]), start + int(positions[first]) * width)
 
     def _read_rows(self, name: str, positions: NDArray[np.int64]) -> Array:
         shape, dtype = self._rows[name]
         out = np.empty((positions.size, *shape), dtype)
         if out.size:
-            file = self._open(f"{name}.npy")
+            start, file = len(self._headers[name][0]), self._open(f"{name}.npy")
             for first, last in _stretches(positions):
-                at = self._starts[name] + int(positions[first]) * out[0].nbytes
+                at = start + int(positions[first]) * out[0].nbytes
                 out[first:last] = _from(file, at, out[first:last].shape, dtype)
         return out
 
-    def _open(self, name: str, mode: str = "rb") -> BinaryIO:
+    def _open(self, name: str, flags: int = os.O_RDONLY) -> int:
         if name not in self._files:
-            file = cast(BinaryIO, (self.folder / name).open(mode))
-            self._files[name] = file
-            if name.endswith(".npy"):
-                np.lib.format.read_magic(file)
-                np.lib.format.read_array_header_1_0(file)
-                self._starts[name.removesuffix(".npy")] = file.tell()
+            self._files[name] = os.open(self.folder / name, flags, 0o666)
         return self._files[name]
 
 
 def nbytes(job: Job) -> int:
     """Bytes of disk that the finished shards of a run take, at most."""
     rows = sum(math.prod(shape) * dtype.itemsize for shape, dtype in _row_arrays(job).values()) + 8
-    weights = job.prepared.weights
-    image = math.prod(job.prepared.shape) * (8 * weights.total + job.prepared.dtype.itemsize * weights.maximum)
+    image = sum(math.prod(shape) * dtype.itemsize for shape, dtype in _image_arrays(job))
     return int(job.wanted.size * rows + len(job.plan.shards) * (image + 512))
+
+
+def _image_arrays(job: Job) -> tuple[tuple[tuple[int, ...], np.dtype[Any]], ...]:
+    """Shape and type of the images over frames of a shard: their sum, their maximum."""
+    weights, shape = job.prepared.weights, job.prepared.shape
+    wide, own = np.dtype(job.prepared.wide), np.dtype(job.prepared.dtype)
+    return (shape if weights.total else (0, 0), wide), (shape if weights.maximum else (0, 0), own)
 
 
 def _row_arrays(job: Job) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
@@ -235,23 +250,31 @@ def _arrays_of(sums: Sums) -> dict[str, Array]:
     }
 
 
-def _create(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
-    """An array on disk, of which nothing is written yet: the system reserves what is used."""
-    made = path.with_suffix(".new")
-    with made.open("wb") as file:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        file.truncate(file.tell() + math.prod(shape) * dtype.itemsize)
-    made.rename(path)
+def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[bytes, int]:
+    """How the file of an array begins, and bytes of the array itself."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    made = io.BytesIO()
+    np.lib.format.write_array_header_1_0(made, header)
+    return made.getvalue(), math.prod(shape) * dtype.itemsize
 
 
-def _from(file: BinaryIO, at: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+def _write(file: int, data: Bytes, at: int) -> None:
+    written = 0
+    while written < len(data):
+        count = os.pwrite(file, data[written:], at + written)
+        if count == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written += count
+
+
+def _from(file: int, at: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     out = np.empty(shape, dtype)
-    if out.size:
-        data = os.pread(file.fileno(), out.nbytes, at)
-        if len(data) != out.nbytes:
-            raise ValueError(f"{file.name}: ends too early")
-        out = np.frombuffer(data, dtype).reshape(shape)
+    target, done = _bytes(out), 0
+    while done < len(target):
+        count = os.preadv(file, [target[done:]], at + done)
+        if count == 0:
+            raise ValueError(f"ends {len(target) - done} bytes too early")
+        done += count
     return out
 
 
@@ -264,17 +287,17 @@ def _stretches(positions: NDArray[np.int64]) -> Iterable[tuple[int, int]]:
     """First and end row of positions that follow one another."""
     cuts = np.flatnonzero(np.diff(positions) != 1) + 1
     ends = [0, *cuts.tolist(), positions.size]
-    return [(a, b) for a, b in zip(ends, ends[1:], strict=False) if b > a]
+    return [(a, b) for a, b in itertools.pairwise(ends) if b > a]
 
 
 def _runs(indices: NDArray[np.int64]) -> list[list[int]]:
     return [[int(indices[a]), int(indices[b - 1]) + 1] for a, b in _stretches(indices)]
 
 
-def _checksum(partial: Partial) -> int:
-    """Checksum of all that a shard found."""
-    sums, lost = partial.sums, [[item.indices.tolist(), item.message, item.broken] for item in partial.lost]
-    check = zlib.crc32(json.dumps([partial.shard, lost]).encode())
+def _checksum(record: dict[str, Any], partial: Partial) -> int:
+    """Checksum of all that a shard found, and of what is said of it."""
+    sums = partial.sums
+    check = zlib.crc32(json.dumps({key: value for key, value in record.items() if key != "check"}).encode())
     for array in (partial.positions, *_arrays_of(sums).values(), sums.total, sums.maximum):
         check = zlib.crc32(_bytes(array), check)
     return check

@@ -10,21 +10,32 @@ import signal
 import sys
 import time
 import tomllib
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
+from gpuem.cli_report import (
+    check_many,
+    check_one,
+    describe_data,
+    describe_results,
+    out,
+    previews,
+    report,
+    report_many,
+    say_outcome,
+)
 from gpuem.cli_slurm import slurm
 from gpuem.cli_status import status
 from gpuem.errors import GpuemError, RecipeError, ResumableError
-from gpuem.progress import Progress, duration, err, rate
+from gpuem.progress import Progress, duration, err
 
 if TYPE_CHECKING:
-    from gpuem.analyses.strain_maps import StrainFit
-    from gpuem.dataset import Dataset
+    from gpuem.many import Campaign, Outcome
     from gpuem.results import Results
 
 app = typer.Typer(
@@ -35,7 +46,6 @@ app = typer.Typer(
 )
 # EX_TEMPFAIL: try again later
 RESUMABLE = 75
-out = Console(highlight=False, soft_wrap=True)
 
 
 class _Console(logging.Handler):
@@ -85,8 +95,46 @@ def run(
         if rank is None:
             return
         changes["rank"] = rank
+    else:
+        from gpuem import many
+
+        campaign = many.load(recipe, **changes)
+        if campaign.several:
+            _run_many(campaign, overwrite=overwrite, resume=resume)
+            return
     found, where = _run(recipe, overwrite=overwrite, resume=resume, **changes)
-    _report(found, where)
+    report(found, where)
+
+
+def _run_many(campaign: Campaign, *, overwrite: bool, resume: bool) -> None:
+    """Run all data sets of a recipe; the exit code says what became of them."""
+    from gpuem import many
+
+    signal.signal(signal.SIGTERM, _stop)
+    ended: list[Outcome] = []
+    stopped = False
+    try:
+        with closing(many.runs(campaign, overwrite=overwrite, resume=resume, watch=Progress)) as outcomes:
+            for outcome in outcomes:
+                ended.append(replace(outcome, found=None))
+                stopped = many.was_stopped(outcome)
+                say_outcome(outcome)
+                if outcome.found is not None and not outcome.earlier and campaign.alone[outcome.name].output.previews:
+                    previews(outcome.found, outcome.result)
+                # its maps are saved, and must not fill the memory while the next ones are computed
+                del outcome
+    except KeyboardInterrupt:
+        stopped = True
+    rows = many.filled(campaign, ended)
+    report_many(rows, campaign.summary)
+    states = {row.state for row in rows}
+    if stopped or "not begun" in states or ("kept" in states and "failed" not in states):
+        err.print("[bold yellow]ended early:[/bold yellow] to go on: the same command with --resume")
+        raise typer.Exit(RESUMABLE)
+    if "failed" in states:
+        failed = sum(row.state == "failed" for row in rows)
+        err.print(f"[bold red]error:[/bold red] {failed:,} of {len(rows):,} data sets failed")
+        raise typer.Exit(2)
 
 
 def _rank(recipe: Path, changes: dict[str, Any]) -> Any:
@@ -113,60 +161,14 @@ def _rank(recipe: Path, changes: dict[str, Any]) -> Any:
 @app.command()
 def check(recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file.")]) -> None:
     """Do everything `run` does before it streams the data: shards, bytes, memory, estimated time."""
-    from gpuem import job, results
     from gpuem import recipe as recipes
-    from gpuem.analyses.strain_maps import StrainFit
 
-    loaded, _ = recipes.load(recipe)
-    ds = job.open_input(loaded)
-    analyses, prepared = job.begin(ds, loaded.analysis, loaded.run, loaded.input.roi)
-    plan = prepared.plan
-    looked = any(isinstance(analysis, StrainFit) for analysis in analyses)
-    _describe_data(ds)
-    wanted = int(prepared.wanted.sum())
-    out.print(f"scan positions   {wanted:,} of {ds.positions:,} wanted")
-    out.print(f"analyses         {', '.join(f'{a.name} ({a.kind})' for a in loaded.analysis)}")
-    out.print(f"device           {prepared.backend.NAME}, {_threads(plan.threads)}")
-    if plan.device_nbytes:
-        out.print(f"GPU memory       {sum(plan.device_nbytes.values()) / 1e6:,.0f} MB")
-        for name, nbytes in plan.device_nbytes.items():
-            out.print(f"                 {nbytes / 1e6:,.0f} MB {name}")
-    out.print(f"shards           {len(plan.shards):,} of up to {max(s.frames for s in plan.shards):,} frames")
-    out.print(f"memory           {plan.total_nbytes / 1e6:,.0f} MB")
-    for name, nbytes in plan.nbytes.items():
-        out.print(f"                 {nbytes / 1e6:,.0f} MB {name}")
-    stored = sum(f.size for f in ds.source.files)
-    out.print(f"to read          {stored * wanted / ds.positions / 1e9:,.3f} GB of files")
-    slow, fast = ds.source.nbytes * wanted / ds.positions / 2e9, ds.source.nbytes * wanted / ds.positions / 2e8
-    out.print(
-        f"estimated time   {duration(slow)} from memory (2 GB/s per run) to {duration(fast)} from a disk of 200 MB/s"
-    )
-    out.print(f"result           {escape(str(loaded.output.path))}")
-    for analysis in analyses:
-        if isinstance(analysis, StrainFit):
-            _show_look(analysis, loaded.output.path)
-    out.print("The recipe is good; nothing was streamed." if looked else "The recipe is good; nothing was computed.")
-    try:
-        results.check_writable(loaded.output.path, overwrite=False)
-    except GpuemError as error:
-        out.print(f"But: {escape(str(error))}")
-
-
-def _show_look(found: StrainFit, output: Path) -> None:
-    """What was found in the sample: in words, and over the mean pattern as a picture."""
-    for line in found.picture.lines:
-        out.print(f"{found.name:<16} {escape(line)}")
-    target = output.with_name(f"{output.name.removesuffix('.zarr')}.{found.name}.look.png")
-    try:
-        from gpuem.plot_look import figure_of_look
-
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure_of_look(found).savefig(target, dpi=110)
-        out.print(f"picture          {escape(str(target))}")
-    except ImportError:
-        err.print(escape("no picture: matplotlib is not installed (pip install 'gpuem[plot]', or matplotlib itself)"))
-    except OSError as error:
-        err.print(f"no picture: {escape(str(error))}")
+    asked, _ = recipes.load(recipe)
+    alone = recipes.one_by_one(asked)
+    if asked.input.each is None:
+        check_one(recipes.only(asked))
+    else:
+        check_many(alone)
 
 
 @app.command()
@@ -202,7 +204,7 @@ def info(path: Annotated[Path, typer.Argument(help="A detector file, or a result
     from gpuem import results
 
     if path.is_dir() and results.is_result(path):
-        _describe_results(results.load_results(path), path)
+        describe_results(results.load_results(path), path)
         return
     from gpuem.formats import check_readable, find_format, read_header
 
@@ -216,7 +218,7 @@ def info(path: Annotated[Path, typer.Argument(help="A detector file, or a result
     from gpuem.dataset import arrange
 
     ds = arrange(read_header((path,), fit=True), None, 0, True, None)
-    _describe_data(ds)
+    describe_data(ds)
     for key, value in ds.metadata.items():
         out.print(f"{escape(str(key)):<16} {escape(str(value))}")
 
@@ -283,7 +285,7 @@ def demo(folder: Annotated[Path, typer.Argument(help="Where to write the demo; i
     recipe = demonstration.write(folder)
     out.print(f"wrote {escape(str(recipe.with_suffix('.raw')))} and {escape(str(recipe))}")
     found, where = _run(recipe, overwrite=True)
-    _report(found, where)
+    report(found, where)
     from rich.table import Table
 
     table = Table("quantity", "truth", "found", "", title="Found against the truth", title_justify="left")
@@ -308,110 +310,13 @@ def _run(recipe: Path, **options: Any) -> tuple[Results, Path]:
     # as it was run, not as the file may read by now
     asked = tomllib.loads(found.provenance["recipe"])
     if asked["output"].get("previews", True):
-        _previews(found, where)
+        previews(found, where)
     return found, where
 
 
 def _stop(number: int, frame: object) -> None:
     # schedulers send it before the time limit
     raise KeyboardInterrupt("stopped by SIGTERM")
-
-
-def _previews(found: Results, where: Path) -> None:
-    try:
-        from gpuem import plot
-
-        folder = where.parent / (where.name.removesuffix(".zarr") + ".previews")
-        if folder == where:
-            folder = where.parent / f"{where.name}.pictures"
-        plot.save_previews(found, folder)
-        out.print(f"pictures         {escape(str(folder))}")
-    except ImportError:
-        err.print(escape("no pictures: matplotlib is not installed (pip install 'gpuem[plot]', or matplotlib itself)"))
-    except OSError as error:
-        err.print(f"no pictures: {escape(str(error))}; the result itself is complete")
-
-
-def _report(found: Results, where: Path) -> None:
-    facts = found.provenance
-    frames, seconds = facts["frames"], facts["seconds"]["total"]
-    out.print(
-        f"read             {frames['read']:,} frames, {facts['bytes'] / 1e9:.3f} GB in {duration(seconds)} "
-        f"({rate(facts['bytes'] / seconds)}) on {_device(facts)}"
-    )
-    if frames["masked"]:
-        out.print(f"masked           {frames['masked']:,} of {frames['wanted']:,} positions have no readable frame")
-    for item in facts["lost"][:10]:
-        out.print(f"                 {escape(item['frames'])}: {escape(item['reason'])}")
-    if len(facts["lost"]) > 10:
-        out.print(f"                 and {len(facts['lost']) - 10} more, listed in the result")
-    for name, item in found.maps.items():
-        if name.endswith("/field_y") and item.attributes:
-            angle, flip = item.attributes["rotation_deg"], item.attributes["flip"]
-            certainty = item.attributes.get("curl_to_divergence")
-            if certainty is not None:
-                doubt = ": the data hardly tell" if certainty > 0.8 else ""
-                out.print(
-                    f"{name.split('/')[0]:<16} rotation {angle:.2f} degrees, flip {'yes' if flip else 'no'}, "
-                    f"curl/divergence that is left {certainty:.2f}{doubt}"
-                )
-    out.print(f"result           {escape(str(where))}")
-
-
-def _describe_data(ds: Dataset) -> None:
-    for file in ds.source.files[:3]:
-        out.print(f"file             {escape(str(file.path))} ({file.size:,} bytes)")
-    if len(ds.source.files) > 3:
-        out.print(f"                 and {len(ds.source.files) - 3} more")
-    out.print(f"format           {ds.source.format}")
-    for label, axes in (("scan", ds.scan), ("detector", ds.detector)):
-        sizes = " x ".join(str(a.size) for a in axes)
-        steps = ", ".join(f"{a.name} {a.step:g} {a.unit}" for a in axes if a.unit != "px")
-        out.print(f"{label:<16} {sizes}{f'  ({steps})' if steps else ''}")
-    out.print(f"pixels           {ds.source.raw_dtype.name}, {ds.source.nbytes / 1e9:.3f} GB decoded")
-    from gpuem.correction import summary
-
-    _describe_correction(summary(ds.source.correction))
-    for note in ds.notes:
-        out.print(f"note             {escape(note)}")
-
-
-def _describe_correction(facts: dict[str, Any] | None) -> None:
-    if facts is None:
-        return
-    for name in ("dark", "gain", "dead"):
-        if name in facts:
-            count = f" ({facts['dead_pixels']:,} dead pixels)" if name == "dead" else ""
-            out.print(f"{name:<16} {escape(facts[name])}{count}")
-    out.print(f"corrected        as {facts['dtype']}")
-
-
-def _describe_results(found: Results, path: Path) -> None:
-    facts = found.provenance
-    out.print(f"result           {escape(str(path))}")
-    out.print(f"made             {facts['finished']} by gpuem {facts['gpuem']} on {_device(facts)}")
-    for file in facts["input"]["files"]:
-        out.print(f"from             {escape(file['path'])} ({file['size']:,} bytes)")
-    _describe_correction(facts.get("correction"))
-    frames = facts["frames"]
-    out.print(f"frames           {frames['read']:,} read, {frames['masked']:,} masked")
-    from rich.table import Table
-
-    table = Table("map", "shape", "type", "unit", "meaning")
-    for name, item in found.maps.items():
-        table.add_row(name, " x ".join(map(str, item.data.shape)), item.data.dtype.name, item.units, item.description)
-    out.print(table)
-
-
-def _device(facts: dict[str, Any]) -> str:
-    if facts["device"] == "cuda":
-        ways = {"gds": "through GPUDirect", "pinned": "through page-locked memory", "resident": "from its own memory"}
-        return f"{escape(facts['gpu']['name'])} (cuda), {ways[facts['transfer']['kind']]}"
-    return f"{facts['device']}, {_threads(facts['threads'])}"
-
-
-def _threads(count: int) -> str:
-    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def main() -> None:

@@ -44,13 +44,13 @@ def slurm(
     from gpuem import slurm_site
 
     chosen = _mode(mode, nodes, gpus_per_node)
-    files = _files(array, more)
-    loaded, verbatim = recipes.load(recipe)
+    loaded, _ = recipes.load(recipe)
+    files = _files(array, more, loaded.input.format)
     where = slurm_site.load(site)
     ask = jobs.Ask(
         recipe.absolute(), time, nodes, gpus_per_node, chosen, name or recipe.stem, cpus_per_task, tuple(files)
     )  # fmt: skip
-    output = jobs.output_of(ask, loaded, verbatim)
+    output = jobs.output_of(ask, loaded)
     text = jobs.script(ask, output, where)
     if check:
         _check_input(loaded, ask.files)
@@ -78,24 +78,29 @@ def _mode(asked: str, nodes: int, gpus: int) -> Mode:
     return asked  # type: ignore[return-value]
 
 
-def _files(array: list[str] | None, more: list[str] | None) -> tuple[str, ...]:
+def _files(array: list[str] | None, more: list[str] | None, format: str | None) -> tuple[str, ...]:  # noqa: A002
     """Files of an array: as one pattern in quotes, or as many words that the shell made of it."""
     from gpuem.slurm import find_files
 
     if array is None and more:
         raise RecipeError(f"{shlex.join(more)}: one recipe, please; files to run it on one by one go after --array")
-    return find_files([*(array or []), *(more or [])])
+    return find_files([*(array or []), *(more or [])], format)
 
 
 def _check_input(loaded: Recipe, files: tuple[str, ...]) -> None:
     from gpuem import job
+    from gpuem.formats import remote
+    from gpuem.recipe import one_by_one
 
+    # one stands for all: reading thousands of headers takes its time
     if files:
-        # one stands for all: reading thousands of headers takes its time
-        path = files[0] if "://" in files[0] else Path(files[0])
-        loaded = loaded.model_copy(update={"input": loaded.input.model_copy(update={"path": path})})
+        first = loaded.model_copy(
+            update={"input": loaded.input.model_copy(update={"path": remote.place(files[0]), "each": None})}
+        )
+    else:
+        first = next(iter(one_by_one(loaded).values()))
     try:
-        job.open_input(loaded)
+        job.open_input(first)
     except InputError as error:
         raise InputError(f"{error}\nIf only the cluster's nodes see the data, use --no-check") from error
 
@@ -115,8 +120,9 @@ def _check_programs(ask: Ask, site: Site, submitting: bool) -> None:
 
 
 def _say(job: str, ask: Ask, output: Path) -> None:
+    from gpuem.recipe import NAME
     from gpuem.run_folder import beside
-    from gpuem.slurm import log_pattern, outputs
+    from gpuem.slurm import log_pattern
 
     log = str(log_pattern(ask, output)).replace("%%", "%")
     typer.echo(f"submitted        job {job}" + f", {len(ask.files)} tasks" * bool(ask.files))
@@ -124,9 +130,9 @@ def _say(job: str, ask: Ask, output: Path) -> None:
     if ask.files:
         log = log.replace("%A", job)
         typer.echo(f"its logs         {shlex.quote(log.replace('%a', '0'))}, ...")
-        first = next(iter(outputs(output, ask.files).values()))
-        typer.echo(f"how far          gpuem status {shlex.quote(str(beside(first)))}, ...")
     else:
         typer.echo(f"its log          tail -F {shlex.quote(log.replace('%j', job))}")
-        typer.echo(f"how far          gpuem status {shlex.quote(str(beside(output)))}")
+    typer.echo(
+        f"how far          gpuem status {shlex.quote(str(ask.recipe if NAME in str(output) else beside(output)))}"
+    )
     typer.echo(f"stop             scancel {job}")

@@ -165,20 +165,29 @@ def _describe_workers(workers: tuple[Worker, ...]) -> None:
         return
     counts = [worker.shards for worker in workers]
     each = (
-        f"{min(counts):,} to {max(counts):,} shards each" if min(counts) < max(counts) else f"{counts[0]:,} shards each"
+        f"{min(counts):,} to {max(counts):,} shards each" if min(counts) < max(counts) else f"{_shards(counts[0])} each"
     )
     out.print(f"workers          {len(workers):,}, {each}")
     speeds = sorted(w.nbytes / w.busy for w in workers if w.busy > 0)
     usual = speeds[len(speeds) // 2] if speeds else 0.0
+
+    def slow(worker: Worker) -> bool:
+        # of one or two shards the first may have had to compile kernels
+        return worker.shards > _FEW and worker.busy > 0 and worker.nbytes / worker.busy < usual / 2
+
     # of many those that stand out
-    told = [w for w in workers if w.out or len(workers) <= _FEW or (w.busy > 0 and w.nbytes / w.busy < usual / 2)]
+    told = [worker for worker in workers if worker.out or len(workers) <= _FEW or slow(worker)]
     for worker in told[:_FEW]:
         speed = f", {rate(worker.nbytes / worker.busy)} while at work" if worker.busy > 0 else ""
         note = f", {worker.out}" if worker.out else ""
-        slow = " (slow)" if worker.busy > 0 and worker.nbytes / worker.busy < usual / 2 else ""
-        out.print(f"                 {escape(worker.name)}: {worker.shards:,} shards{speed}{slow}{note}")
+        words = f"{_shards(worker.shards)}{speed}{' (slow)' if slow(worker) else ''}{note}"
+        out.print(f"                 {escape(worker.name)}: {words}")
     if len(told) > _FEW:
         out.print(f"                 and {len(told) - _FEW:,} more that are lost, excluded or slow")
+
+
+def _shards(count: int) -> str:
+    return "1 shard" if count == 1 else f"{count:,} shards"
 
 
 def _describe_faults(now: Progress) -> None:

@@ -8,7 +8,7 @@ from contextlib import closing, contextmanager
 
 from gpuem.checkpoint import Store
 from gpuem.engine import Job, Partial, Totals, combine
-from gpuem.errors import GpuemError, ResumableError
+from gpuem.errors import DeviceError, ResumableError
 from gpuem.executors import Crew
 from gpuem.run_folder import RunFolder
 
@@ -39,10 +39,15 @@ def run(job: Job, crew: Crew, folder: RunFolder, progress: Progress | None = Non
     damaged = store.verify()
     if damaged:
         folder.report("damaged", shards=damaged[:100], count=len(damaged))
+    if job.on_error == "stop":
+        # a run before this one masked them
+        for shard in store.broken():
+            del store.finished[shard]
     done, began = len(store.finished), time.monotonic()
     folder.report("start", **_facts(job), executor=crew.name, workers=crew.workers(job), done=done)
     with resumable(folder, job, store), closing(_partials(job, crew, folder, store)) as partials:
-        store.begin()
+        with _writing(store):
+            store.begin()
         totals = combine(job, told(partials, progress))
     folder.report("finish", seconds=round(time.monotonic() - began, 3), done=len(job.plan.shards))
     return totals
@@ -57,8 +62,11 @@ def _partials(job: Job, crew: Crew, folder: RunFolder, store: Store) -> Generato
             if shard in kept:
                 yield store.read(shard)
             while shard not in store.finished:
-                partial = next(computed)
-                store.write(partial)
+                partial = next(computed, None)
+                if partial is None:
+                    raise ResumableError("nobody is left to work")
+                with _writing(store):
+                    store.write(partial)
                 report_shard(folder, job, partial)
                 yield partial
 
@@ -72,11 +80,26 @@ def told(partials: Iterator[Partial], progress: Progress | None) -> Iterator[Par
 
 
 @contextmanager
-def resumable(folder: RunFolder, job: Job, store: Store) -> Iterator[None]:
-    """Whatever ends the run early: keep what is finished, and say how to go on."""
+def _writing(store: Store) -> Iterator[None]:
     try:
         yield
-    except (KeyboardInterrupt, ResumableError, OSError, MemoryError, StopIteration) as error:
+    except OSError as error:
+        raise ResumableError(
+            f"finished shards can't be kept in {store.folder}: {error.strerror or error}; make room"
+        ) from error
+
+
+@contextmanager
+def resumable(folder: RunFolder, job: Job, store: Store) -> Iterator[None]:
+    """Whatever ends the run early: keep what is finished, and say how to go on."""
+    before = len(store.finished)
+    try:
+        yield
+    except (KeyboardInterrupt, ResumableError, OSError, MemoryError, DeviceError) as error:
+        if isinstance(error, DeviceError) and len(store.finished) == before:
+            # a GPU that never worked here won't do so the next time
+            folder.report("error", why=str(error), done=before)
+            raise
         why = _why(error)
         folder.report("stop", why=why, done=len(store.finished), shards=len(job.plan.shards))
         if not store.finished:
@@ -85,8 +108,8 @@ def resumable(folder: RunFolder, job: Job, store: Store) -> Iterator[None]:
             f"{why}. {len(store.finished):,} of {len(job.plan.shards):,} shards are finished and kept in "
             f"{folder.path}; to go on: the same command with --resume"
         ) from error
-    except GpuemError as error:
-        folder.report("error", why=str(error), done=len(store.finished))
+    except Exception as error:
+        folder.report("error", why=str(error) or repr(error), done=len(store.finished))
         raise
     finally:
         job.stop.set()
@@ -128,9 +151,6 @@ def _facts(job: Job) -> dict[str, object]:
 def _why(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "stopped by Ctrl-C"
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        return f"finished shards can't be kept: {where}{error.strerror or error}"
     if isinstance(error, MemoryError):
         return "out of memory"
     return str(error) or type(error).__name__

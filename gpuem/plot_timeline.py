@@ -101,7 +101,7 @@ def timeline_figure(found: Timeline, title: str = "") -> Figure:
     _legend(figure, found, (left / _WIDTH, 1 - 0.36 / height))
     for axes_above in (above, middle):
         axes_above.tick_params(labelbottom=False, labelsize=8)
-    middle.set_ylabel("at work", fontsize=9)
+    middle.set_ylabel("workers\nat work", fontsize=9)
     below.set_xlabel(f"time ({unit}){', pauses cut' if found.pauses else ''}", fontsize=9)
     below.set_ylabel("GB/s", fontsize=9)
     below.tick_params(labelsize=8)

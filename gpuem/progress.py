@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -29,25 +30,30 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+# what was done in so many seconds tells how fast it goes now
+RECENT = 15.0
+
+
 class Progress:
-    """A bar with GB/s and time left on a terminal, nothing elsewhere."""
+    """A bar with GB/s, shards and time left on a terminal, nothing elsewhere; of all workers together."""
 
     def __init__(self, ds: Dataset, frames: int) -> None:
         for note in ds.notes:
             err.print(f"note: {escape(note)}")
         self.frame_nbytes, self.frames = ds.source.frame_nbytes, frames
         self.bar: Any = None
+        self.done = self.shards = 0
+        self.recent: deque[tuple[float, int]] = deque()
 
     def __enter__(self) -> Callable[[int], None]:
-        self.started = time.perf_counter()
         if err.is_terminal:
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
             columns = TextColumn("reading"), BarColumn(), TextColumn("{task.percentage:3.0f} %")
-            speed = TextColumn("{task.fields[rate]}")
-            self.bar = Bar(*columns, speed, TimeRemainingColumn(), console=err, transient=True)
-            self.task = self.bar.add_task("frames", total=self.frames, rate="")
+            more = TextColumn("{task.fields[rate]}  {task.fields[shards]} shards")
+            self.bar = Bar(*columns, more, TimeRemainingColumn(), console=err, transient=True)
+            self.task = self.bar.add_task("frames", total=self.frames, rate="", shards=0)
             self.bar.start()
         return self.advance
 
@@ -56,8 +62,14 @@ class Progress:
             self.bar.stop()
 
     def advance(self, frames: int) -> None:
-        """So many frames more are done."""
+        """A shard more of so many frames is done."""
+        self.done += frames
+        self.shards += 1
         if self.bar:
-            self.bar.advance(self.task, frames)
-            done = self.bar.tasks[0].completed * self.frame_nbytes
-            self.bar.update(self.task, rate=rate(done / max(time.perf_counter() - self.started, 1e-9)))
+            now = time.perf_counter()
+            self.recent.append((now, self.done))
+            while self.recent[0][0] < now - RECENT:
+                self.recent.popleft()
+            began, before = self.recent[0]
+            speed = rate((self.done - before) * self.frame_nbytes / (now - began)) if now > began else ""
+            self.bar.update(self.task, completed=self.done, rate=speed, shards=f"{self.shards:,}")

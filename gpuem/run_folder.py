@@ -11,13 +11,14 @@ The last two are removed when the result is saved.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import pickle
 import platform
-import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -31,6 +32,12 @@ from gpuem.errors import InputError, OutputError
 
 # how often a process says that it is alive, in seconds
 BEAT = 2.0
+# all that a run leaves in its folder, beside finished shards
+_LASTING = (
+    *("run.json", "looked.pkl", "launch.json", "timeline.png", "events.jsonl", "events-[0-9]*.jsonl"),
+    *("alive", "alive-[0-9]*", "lock", "lock-[0-9]*", "rank-[0-9]*"),
+)
+log = logging.getLogger("gpuem")
 
 
 def beside(output: Path) -> Path:
@@ -66,10 +73,12 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             self._lock = (path / f"lock{suffix}").open("a+")
             self._claim()
-            self._events = (path / f"events{suffix}.jsonl").open("a", encoding="utf-8")
+            self._events = path / f"events{suffix}.jsonl"
+            self._log = _open_log(self._events)
         except OSError as error:
             raise OutputError(f"{path}: {error.strerror}: the folder of the run can't be written") from error
         self._writing = threading.Lock()
+        self._torn = self._started = self._ended = False
 
     def _claim(self) -> None:
         """Keep others away: two processes that write one store would spoil it."""
@@ -89,25 +98,42 @@ class RunFolder:
         self._lock.flush()
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._beat, name="gpuem-alive", daemon=True).start()
+        self._beating = threading.Thread(target=self._beat, name="gpuem-alive", daemon=True)
+        self._beating.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._over.set()
-        self._alive.unlink(missing_ok=True)
-        self._events.close()
-        self._lock.close()
-        if error is not None and self._rank is None and not finished_shards(self.path):
-            # nothing to go on with
-            shutil.rmtree(self.path, ignore_errors=True)
+        # it may hang where the file system does
+        self._beating.join(BEAT)
+        if error is not None and self._started and not self._ended:
+            # such as: the result could not be saved
+            self.report("stop" if isinstance(error, KeyboardInterrupt) else "error", why=str(error) or repr(error))
+        with self._writing:
+            os.close(self._log)
+            self._log = -1
+        with contextlib.suppress(OSError):
+            self._alive.unlink(missing_ok=True)
+            if error is not None and self._rank is None and not finished_shards(self.path):
+                # nothing to go on with
+                self._remove(*_LASTING)
+        with contextlib.suppress(OSError):
+            self._lock.close()
 
     def report(self, event: str, **facts: Any) -> None:
-        """Add a line to the log."""
-        line = json.dumps({"t": round(time.time(), 3), "event": event, **facts}, default=str)
+        """Add a line to the log; a disk that is full, or gone, must not end the run by this."""
+        line = json.dumps({"t": round(time.time(), 3), "event": event, **facts}, default=str).encode() + b"\n"
+        self._started |= event == "start"
+        self._ended |= event in ("stop", "error")
         with self._writing:
-            if not self._events.closed:
-                self._events.write(line + "\n")
-                self._events.flush()
+            if self._log < 0:
+                return
+            try:
+                # what is left of a line ends there
+                whole = b"\n" + line if self._torn else line
+                self._torn = os.write(self._log, whole) != len(whole)
+            except OSError as error:
+                log.debug("%s: %s", self._events, error)
 
     def describe(self, frame_nbytes: int, job: Job, identity: dict[str, Any]) -> None:
         """Say what is run, and what a resumed run must agree in."""
@@ -125,25 +151,35 @@ class RunFolder:
 
     def clear(self) -> None:
         """Forget what an earlier run left here."""
-        for path in self.path.glob("store*"):
-            shutil.rmtree(path)
-        stale = (*self.path.glob("events*.jsonl"), *self.path.glob("rank-*"), *self.path.glob("launch.json"))
-        for path in (*stale, self.path / "looked.pkl", self.path / "run.json"):
-            path.unlink(missing_ok=True)
-        self._events.close()
-        self._events = Path(self._events.name).open("a", encoding="utf-8")
+        # what says how to go on first: whatever stops this, nothing half removed is taken for a run
+        self._remove("run.json", "looked.pkl", "events.jsonl", "events-[0-9]*.jsonl", "rank-[0-9]*", "launch.json")
+        with self._writing:
+            os.close(self._log)
+            self._log = _open_log(self._events)
 
     def finish(self) -> None:
         """Remove what only a resumed run would need."""
-        for path in self.path.glob("store*"):
-            shutil.rmtree(path, ignore_errors=True)
-        say_over(self.path)
-        for path in (self.path / "looked.pkl", *self.path.glob("lock*"), *self.path.glob("rank-*")):
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, OutputError):
+            say_over(self.path)
+            self._remove("looked.pkl", "lock", "lock-[0-9]*", "rank-[0-9]*")
+
+    def _remove(self, *patterns: str) -> None:
+        """Remove finished shards and these files, and the folder unless somebody else's lie in it."""
+        for pattern in patterns:
+            for path in self.path.glob(pattern):
+                path.unlink(missing_ok=True)
+        for store in (self.path / "store", *self.path.glob("store-[0-9]*")):
+            for path in (*store.glob("*.npy"), *(store / name for name in ("sums.bin", "done.jsonl"))):
+                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                store.rmdir()
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
 
     def _beat(self) -> None:
         while not self._over.is_set():
-            self._alive.touch()
+            with contextlib.suppress(OSError):
+                self._alive.touch()
             self._over.wait(BEAT)
 
 
@@ -162,12 +198,26 @@ def refuse_unfinished(path: Path, *, overwrite: bool) -> None:
 
 
 def description(path: Path) -> dict[str, Any] | None:
-    """What was said to be run in a folder; None where there is no run."""
+    """What was said to be run in a folder; None where there is no run.
+
+    Raises
+    ------
+    InputError
+        It can't be read, or is damaged: finished shards may be there all the same.
+    """
+    file = path / "run.json"
     try:
-        found = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and isinstance(found.get("identity"), dict):
+            return found
+        reason = "damaged"
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return found if isinstance(found, dict) else None
+    except OSError as error:
+        reason = f"{error.strerror}; try again"
+    except ValueError:
+        reason = "damaged"
+    raise InputError(f"{file}: {reason}, or begin anew with --overwrite")
 
 
 def keep_looked(path: Path, analyses: Sequence[Analysis]) -> None:
@@ -211,5 +261,13 @@ def say_over(path: Path) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that others see all of it or nothing."""
     made = path.with_name(f".{path.name}.{os.getpid()}")
-    made.write_bytes(content)
-    made.replace(path)
+    try:
+        made.write_bytes(content)
+        made.replace(path)
+    except OSError as error:
+        made.unlink(missing_ok=True)
+        raise OutputError(f"{path}: {error.strerror}: the folder of the run can't be written") from error
+
+
+def _open_log(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)

@@ -11,20 +11,20 @@ import re
 import shlex
 import shutil
 import subprocess
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from gpuem import data_sets
 from gpuem.errors import GpuemError, InputError, RecipeError
-from gpuem.recipe import Recipe
+from gpuem.formats import remote
+from gpuem.recipe import NAME, Recipe, only
 from gpuem.run_folder import beside
 from gpuem.slurm_parts import ASKED_AGAIN, DASK_SETTINGS, RUN_AND_WAIT, SCHEDULER, SEND_HOME, TELL, Step
 from gpuem.slurm_site import Site
 
 Mode = Literal["single", "dask", "rank"]
-NAME = "{name}"
 
 # seconds between the SIGTERM and the time limit; Slurm may be up to a minute early
 GRACE = 120
@@ -105,31 +105,28 @@ def seconds(time: str) -> int:
     return total
 
 
-def find_files(patterns: Sequence[str]) -> tuple[str, ...]:
-    """Absolute paths of what files and patterns name, each once; addresses (``s3://...``) stay as they are.
+def find_files(names: Sequence[str], format: str | None = None) -> tuple[str, ...]:  # noqa: A002
+    """Absolute paths of the data sets that files and patterns name, each once; addresses (``s3://...``) as they are.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Files, patterns, addresses.
+    format : str
+        Of the files, where the recipe says it.
 
     Raises
     ------
     InputError
-        A file is not there, or a pattern finds none.
+        A file is not there.
+    RecipeError
+        A pattern finds nothing.
     """
-    found: list[str] = []
-    for pattern in patterns:
-        if "://" in pattern:
-            found.append(pattern)
-            continue
-        path = Path(pattern).expanduser()
-        # a file whose name has brackets is a file, not a pattern
-        names = [str(path)] if path.exists() else sorted(map(str, _match(path)))
-        if not names:
-            raise InputError(f"--array {pattern}: no such file, and as a pattern it finds none")
-        found += [str(Path(name).absolute()) for name in names]
-    return tuple(dict.fromkeys(found))
-
-
-def _match(pattern: Path) -> Iterable[Path]:
-    anchor = Path(pattern.anchor)
-    return anchor.glob(str(pattern.relative_to(anchor))) if pattern.parts[len(anchor.parts) :] else []
+    places = [place.absolute() if isinstance(place, Path) else place for place in map(remote.place, names)]
+    for place in places:
+        if isinstance(place, Path) and not data_sets.split(place)[1] and not place.exists():
+            raise InputError(f"--array {place}: no such file")
+    return tuple(str(place) for place in data_sets.expand(places, format))
 
 
 def outputs(template: Path, files: Iterable[str]) -> dict[str, Path]:
@@ -156,33 +153,24 @@ def stem(file: str) -> str:
     return Path(file.rstrip("/").rsplit("/", 1)[-1]).stem
 
 
-def output_of(ask: Ask, recipe: Recipe, text: str) -> Path:
-    """Where the result goes, as an absolute path; for an array with ``{name}`` in it.
-
-    Parameters
-    ----------
-    ask : Ask
-        What is asked of Slurm.
-    recipe : Recipe
-        The recipe, loaded.
-    text : str
-        The same, verbatim.
+def output_of(ask: Ask, recipe: Recipe) -> Path:
+    """Where the result goes; with ``{name}`` in it where there are several.
 
     Raises
     ------
     RecipeError
-        A recipe of several results without an array, or an array whose results would go to one place.
+        An array whose results would go to one place; ranks for a recipe of several data sets.
     """
     if ask.files:
-        template = ask.recipe.resolve().parent / Path(tomllib.loads(text)["output"]["path"]).expanduser()
-        outputs(template, ask.files)
-        return template
-    if NAME in str(recipe.output.path):
-        data = recipe.input.path
-        several = [str(path) for path in (data if isinstance(data, list) else [data])]
-        if len(several) > 1 or re.search(r"[*?[]", several[0]):
-            raise RecipeError(f"{ask.recipe}: makes a result of every file; name them by --array, for a task each")
-        return Path(str(recipe.output.path).replace(NAME, stem(several[0])))
+        outputs(recipe.output.path, ask.files)
+        return recipe.output.path
+    if recipe.input.each is None:
+        return only(recipe).output.path
+    if ask.mode == "rank":
+        raise RecipeError(
+            f"--mode rank runs one data set, and [input] of {ask.recipe.name} names {len(recipe.input.each):,}: "
+            "give them by --array, or take --mode dask"
+        )
     return recipe.output.path
 
 
@@ -208,17 +196,23 @@ def script(ask: Ask, output: Path, site: Site | None = None) -> str:
     for text in (str(ask.recipe), str(output), ask.name, *ask.files):
         if not text.isprintable():
             raise RecipeError(f"{text!r}: names with line breaks or control characters can't be written into a script")
-    body = {"single": _single, "dask": _dask, "rank": _rank}[ask.mode](ask, site)
+    body = {"single": _single, "dask": _dask, "rank": _rank}[ask.mode](ask, site, output)
     blocks = [_head(ask, site, output), _environment(site), _names(ask, output), *body, ASKED_AGAIN]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
-def log_pattern(ask: Ask, output: Path) -> Path:
-    """Where the job's log goes, in Slurm's notation (``%j``): beside the result, whose folder must be there."""
+def _above(output: Path) -> Path:
+    """The folder in which the results of all data sets lie, at whatever depth."""
     folder = output.parent
     while NAME in str(folder):
         folder = folder.parent
-    name = ask.recipe.stem if ask.files else output.name.removesuffix(".zarr")
+    return folder
+
+
+def log_pattern(ask: Ask, output: Path) -> Path:
+    """Where the job's log goes, in Slurm's notation (``%j``): beside the result, whose folder must be there."""
+    folder = _above(output)
+    name = ask.recipe.stem if NAME in str(output) else output.name.removesuffix(".zarr")
     # a single % begins a pattern of Slurm
     return Path(str(folder / name).replace("%", "%%") + (".slurm-%A_%a.log" if ask.files else ".slurm-%j.log"))
 
@@ -246,12 +240,12 @@ def _head(ask: Ask, site: Site, output: Path) -> str:
     of = f"{ask.recipe.name}, {len(ask.files):,} files, each" if ask.files else ask.recipe.name
     where = "1 node" if ask.nodes == 1 else f"{ask.nodes} nodes"
     with_what = f" with {ask.gpus} GPU{'s' if ask.gpus > 1 else ''}{' each' if ask.nodes > 1 else ''}" * bool(ask.gpus)
-    status = shlex.quote(str(beside(output)))
+    status = shlex.quote(str(ask.recipe if NAME in str(output) else beside(output)))
     # a login shell knows "module" where others may not
     return (
         f"#!/bin/bash{' -l' * bool(site.modules)}\n"
         f"# {of} on {where}{with_what}. Written by gpuem slurm; change it as you like.\n"
-        f"# follow: gpuem status {status}{'   (with the name of a file)' * bool(ask.files)}\n"
+        f"# follow: gpuem status {status}\n"
         "# stop: scancel JOB; submitted again, it goes on where it stopped\n"
         f"{_sbatch(ask, site, log_pattern(ask, output))}"
     )
@@ -307,30 +301,45 @@ def _names(ask: Ask, output: Path) -> str:
             "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID",
         ]
     else:
-        lines += [f"run={shlex.quote(str(beside(output)))}", "job=$SLURM_JOB_ID"]
+        lines += [f"run={shlex.quote(str(_folder(ask, output)))}", "job=$SLURM_JOB_ID"]
     lines.append('mkdir -p "$run" && cd "$run" || exit 2')
     return "\n".join(lines)
+
+
+def _folder(ask: Ask, output: Path) -> Path:
+    """Where the job works: the run's folder, or of several data sets one for all of them."""
+    return _above(output) / f"{ask.recipe.stem}.job" if NAME in str(output) else beside(output)
+
+
+def _events(ask: Ask, output: Path) -> str:
+    """The logs of the runs, as bash finds them."""
+    if ask.files or NAME not in str(output):
+        return "events*.jsonl"
+    return "*".join(map(shlex.quote, str(beside(output)).split(NAME))) + "/events*.jsonl"
 
 
 def _run(ask: Ask, more: str = "") -> str:
     return 'gpuem run "$recipe" --resume' + ' --input "$file"' * bool(ask.files) + more
 
 
-def _single(ask: Ask, site: Site) -> list[str]:
+def _single(ask: Ask, site: Site, output: Path) -> list[str]:
     client = Step(site, "client").beside(_run(ask))
-    return [TELL["step" if site.steps_only else "process"], RUN_AND_WAIT.format(client=client)]
+    return [
+        TELL["step" if site.steps_only else "process"],
+        RUN_AND_WAIT.format(client=client, events=_events(ask, output)),
+    ]
 
 
-def _rank(ask: Ask, site: Site) -> list[str]:
+def _rank(ask: Ask, site: Site, output: Path) -> list[str]:
     # srun hands the processors of a job on only where it is told so
     bound = [f"--cpus-per-task={ask.cpus}"] if ask.cpus else []
     # a rank that fails, or is done long before the others, ends nobody else
     options = [*bound, *(["--gpus-per-task=1"] * bool(ask.gpus)), "--kill-on-bad-exit=0", "--wait=0"]
     client = Step(site, "client").everywhere(_run(ask, " --rank-from-env"), options)
-    return [TELL["step"], RUN_AND_WAIT.format(client=client)]
+    return [TELL["step"], RUN_AND_WAIT.format(client=client, events=_events(ask, output))]
 
 
-def _dask(ask: Ask, site: Site) -> list[str]:
+def _dask(ask: Ask, site: Site, output: Path) -> list[str]:
     interface = f" --interface {shlex.quote(site.interface)}" if site.interface else ""
     common = f'--scheduler-file "$scheduler" --memory-limit 0 --no-dashboard --death-timeout 60{interface}'
     if ask.gpus:
@@ -351,4 +360,4 @@ def _dask(ask: Ask, site: Site) -> list[str]:
     )
     client = Step(site, "client").beside(_run(ask, ' --scheduler "$scheduler"'))
     return [DASK_SETTINGS, TELL["named" if site.steps_only else "process"], started,
-            RUN_AND_WAIT.format(client=client) + "\n\n" + SEND_HOME]  # fmt: skip
+            RUN_AND_WAIT.format(client=client, events=_events(ask, output)) + "\n\n" + SEND_HOME]  # fmt: skip

@@ -8,15 +8,19 @@ from dataclasses import dataclass
 
 from gpuem.slurm_site import Site
 
+# as gpuem.executors.dask_workers has them for its own end of the line
 DASK_SETTINGS = """\
-# results are small, so nothing is ever spilled and plain TCP does; a busy network is given time
+# results are small, so nothing is ever spilled and plain TCP does; gpuem itself decides who gets which shard
 export DASK_DISTRIBUTED__WORKER__MEMORY__TARGET=False
 export DASK_DISTRIBUTED__WORKER__MEMORY__SPILL=False
 export DASK_DISTRIBUTED__WORKER__MEMORY__PAUSE=False
 export DASK_DISTRIBUTED__WORKER__MEMORY__TERMINATE=False
-export DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL=120s
-export DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT=60s
-export DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP=120s"""
+export DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL=60s
+export DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=100
+export DASK_DISTRIBUTED__SCHEDULER__WORK_STEALING=False
+export DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT=30s
+export DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP=30s
+export DASK_DISTRIBUTED__ADMIN__TICK__LIMIT=60s"""
 
 _TOLD = """\
 # SIGTERM comes before the time limit: it is passed on to gpuem, which saves what is finished and ends with 75
@@ -57,7 +61,7 @@ done
 workers_pid=$!"""
 
 RUN_AND_WAIT = """\
-finished() {{ cat events*.jsonl 2> /dev/null | grep -c '"event": *"shard"'; }}
+finished() {{ {{ grep -h '"event": *"shard"' {events}; cat store-*/done.jsonl; }} 2> /dev/null | wc -l; }}
 before=$(finished)
 {client} &
 client=$!

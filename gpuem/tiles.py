@@ -24,6 +24,8 @@ TILE_NBYTES = 8 << 20
 # frames that follow one another are read a few at a time, which need little scratch
 RUNS_TILE_NBYTES = 16 << 20
 SHARD_NBYTES = 64 << 20
+# so many keep the last one to end from mattering, where shards don't become too small by it
+BALANCED_SHARDS = 128
 # frames of a shard at least: its images over frames must be small beside the frames they are made of
 LEAST_FRAMES = 32
 # data that is in a GPU's memory is computed with as it is: few large launches
@@ -148,8 +150,9 @@ def plan(source: Source, limits: Limits, position_nbytes: int, image_nbytes: int
     PlanError
         Not even one thread fits; with the numbers.
     """
-    # fits take far longer than reading: small shards keep all threads busy to the end
-    shards, tiles = cut(source, Sizes(shard=TILE_NBYTES) if fit_nbytes else Sizes())
+    # many shards keep all workers busy to the end; fits take far longer than reading, so theirs are smaller
+    balanced = TILE_NBYTES if fit_nbytes else min(SHARD_NBYTES, max(RUNS_TILE_NBYTES, source.nbytes // BALANCED_SHARDS))
+    shards, tiles = cut(source, Sizes(shard=balanced))
     shard_frames = max((shard.frames for shard in shards), default=0)
     tile_nbytes = max(
         (
@@ -166,8 +169,8 @@ def plan(source: Source, limits: Limits, position_nbytes: int, image_nbytes: int
         **({"read ahead": min(AHEAD_NBYTES, sum(f.size for f in source.files))} if source.remote else {}),
         **({"correction": source.correction.nbytes} if source.correction is not None else {}),
     }
-    # results of two shards per thread may wait to be combined in order
-    per_thread = tile_nbytes + 3 * (shard_frames * (position_nbytes + fit_nbytes) + image_nbytes)
+    # beside the shard in work one may wait to be combined, and images of two more for their turn
+    per_thread = tile_nbytes + 3 * shard_frames * (position_nbytes + fit_nbytes) + 4 * image_nbytes
     room = limits.memory - sum(fixed.values())
     fitting = min(limits.threads, room // max(per_thread, 1), max(len(shards), 1))
     if fitting < 1:

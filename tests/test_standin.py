@@ -16,6 +16,7 @@ import standin
 from emulation import needs_compiler
 from emulation.build import LaunchError
 from standin import SCHEDULES, installed
+from standin.device import Operation
 
 from gpuem.backends import cuda_correlate
 
@@ -408,6 +409,43 @@ def test_an_event_stands_for_its_last_record(late):
     assert mark.done
     with second:
         np.testing.assert_array_equal(out.get(), np.full(8, 20))
+
+
+def test_events_tell_how_long_it_took(device):
+    import cupy
+
+    first, second = streams()
+    array = on_device(np.zeros(8, np.int32))
+    marks = [cupy.cuda.Event() for _ in range(3)]
+    marks[0].record(first)
+    with first:
+        scale(array, array, 1)
+        standin.device().enqueue(first._queue, Operation(lambda: time.sleep(0.05)))
+    marks[1].record(first)
+    first.synchronize()
+    second.wait_event(marks[1])
+    marks[2].record(second)
+    second.synchronize()
+    elapsed = cupy.cuda.get_elapsed_time
+    assert elapsed(marks[0], marks[1]) >= 49
+    assert elapsed(marks[1], marks[2]) >= 0
+    # as CUDA has it: later minus earlier, whatever the order
+    assert elapsed(marks[1], marks[0]) == -elapsed(marks[0], marks[1])
+
+
+def test_events_that_tell_no_time(late):
+    import cupy
+
+    (stream,) = streams(1)
+    done, never, pending = cupy.cuda.Event(), cupy.cuda.Event(), cupy.cuda.Event()
+    done.record(stream)
+    stream.synchronize()
+    pending.record(stream)
+    untimed = event()
+    untimed.record(stream)
+    for mark, message in ((never, "InvalidResourceHandle"), (untimed, "InvalidResourceHandle"), (pending, "NotReady")):
+        with pytest.raises(standin.CUDARuntimeError, match=message):
+            cupy.cuda.get_elapsed_time(done, mark)
 
 
 def test_who_asks_again_and_again_gets_there(device):

@@ -254,9 +254,11 @@ def test_a_log_that_was_begun_anew(run):
 
 
 def test_clocks_that_were_set_back(run):
-    found = progress(write(run, [start(), shard(0, 5, 1), shard(1, 3, 9)], alive=9), T + 2)
-    assert found.done == 2
-    assert found.seconds >= 0
+    log = write(run, [start(), shard(0, 5, 1), shard(1, 3, 9), shard(2, 30, 2)], alive=9)
+    found = progress(log, T + 2)
+    assert all(ran.began <= ran.ended for ran in log.shards)
+    assert found.done == 3
+    assert found.seconds == pytest.approx(6)
     assert found.now >= 0
 
 
@@ -281,7 +283,8 @@ def test_run_result_and_recipe_stand_for_the_same(run, tmp_path):
     answers.append(tell(result).output)
     assert len(set(answers)) == 1
     for words in (
-        "ended early. --resume goes on", "1 of 10 done (10.0 %)", "n:1:a: 1 shards", "shards tried again: 1",
+        "ended early. --resume goes on", "1 of 10 done (10.0 %)", "n:1:a: 1 shard, 1000.0 MB/s while at work",
+        "shards tried again: 1",
         "[Errno 5] EIO", "reading limits: 50 % of the workers' time", "no shard",
     ):  # fmt: skip
         assert words in answers[0], words
@@ -328,6 +331,17 @@ def test_names_that_look_like_markup(tmp_path):
     assert answer.exit_code == 0
     for words in ("[red]x[bold].run", "[bold]n:1:a", "failed: [/] is wrong"):
         assert words in answer.output
+
+
+def test_workers_that_stand_out_are_named(run):
+    pace = [4.0 if worker == 7 else 1.0 for worker in range(40)]
+    events = [shard(40 * k + w, k * pace[w], (k + 1) * pace[w], f"n{w}:1:a") for w in range(40) for k in range(10)]
+    write(run, [start(shards=1600), *events, end("lost", 50, worker="n30:1:a", why="killed", shards=[])], shards=1600)
+    lines = [line.strip() for line in tell(run).output.splitlines() if ":1:a: " in line]
+    assert lines[:2] == [
+        "n7:1:a: 10 shards, 250.0 MB/s while at work (slow)", "n30:1:a: 10 shards, 1000.0 MB/s while at work, lost",
+    ]  # fmt: skip
+    assert len(lines) == 3  # and the loss itself
 
 
 def test_the_picture(run, tmp_path):

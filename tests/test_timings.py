@@ -450,6 +450,9 @@ def test_the_night_between_two_runs_is_nobodys_time(tmp_path):
     assert rows(found) == pytest.approx({"read": 37, "no shard": 3})
     # a gap in which nobody started anything is one of the run
     assert rows(timings.stages(log_of(tmp_path / "a.run", [start(0), *first, *again])))["no shard"] > 49_000
+    later = [start(90_000), line(4, "n:1:b", 90_001, 90_002, read=1.0)]
+    log = log_of(tmp_path / "a.run", [start(0), *first, *again, *later])
+    assert timings.pauses(log) == [(50_010, 90_001)]
 
 
 def test_nothing_was_measured(tmp_path):

@@ -86,7 +86,10 @@ def _load_raw(source: Source, files: Files, piece: Piece, box: Box, keep: NDArra
         try:
             pixels = _load_array(source, files, piece, box)
         except DataError as error:
-            yield from _frame_by_frame(source, files, piece, box, keep, error)
+            if isinstance(error, ReadError) and source.remote:
+                yield Lost(indices[keep], str(error), reading=True)
+            else:
+                yield from _frame_by_frame(source, files, piece, box, keep, error)
             return
     size = math.prod(source.frame_shape)
     yield Block(Frames(pixels.reshape(-1), np.flatnonzero(keep) * size, source.frame_shape), indices[keep])
@@ -253,7 +256,10 @@ def _load_chunks(
     decoded = _scratch("decoded", (grid.index.size, *chunks.shape), piece.stored)
     broken = _decode(piece, chunks, files, grid.index, grid.needed & grid.written, decoded)
     lost = [Lost(frames, "chunk was never written", broken=False) for frames in grid.unwritten()]
-    lost += [Lost(grid.frames(k), *broken[k]) for k in sorted(broken)]
+    # chunks that one failed read should have brought are one loss
+    for reason in dict.fromkeys(broken[k] for k in sorted(broken)):
+        frames = [grid.frames(k) for k in sorted(broken) if broken[k] == reason]
+        lost.append(Lost(np.unique(np.concatenate(frames)), *reason))
     if grid.follow_one_another:
         return decoded.astype(source.raw_dtype, copy=False), lost
     pixels = _scratch("pixels", (*grid.wanted.shape, *source.frame_shape), source.raw_dtype)

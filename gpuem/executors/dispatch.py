@@ -211,8 +211,8 @@ class Dispatch:
             trouble.deaths += 1
             if trouble.deaths >= ATTEMPTS:
                 raise ResumableError(
-                    f"shard {shard} was running on each of {trouble.deaths} workers that died, at last {worker} ({why}). "
-                    "Perhaps it needs more memory than they have"
+                    f"shard {shard} was running on each of {trouble.deaths} workers that died, at last {worker} ({why})"
+                    ". Perhaps it needs more memory than they have"
                 )
         return mine
 

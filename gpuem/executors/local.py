@@ -42,7 +42,7 @@ def run(job: Job, shards: Iterable[int] | None = None, report: Report = no_repor
     wanted = range(len(job.plan.shards)) if shards is None else shards
     dispatch = Dispatch(
         wanted,
-        ahead=2 * job.plan.threads + 2 if in_order(job) else None,
+        ahead=2 * job.plan.threads if in_order(job) and job.backend.NAME == "cpu" else None,
         patience=job.patience,
         mask=job.on_error == "mask",
         report=report,
@@ -55,7 +55,7 @@ def run(job: Job, shards: Iterable[int] | None = None, report: Report = no_repor
 
 def _on_threads(job: Job, dispatch: Dispatch) -> Generator[Partial]:
     # bounded: who computes waits for who combines
-    outcomes: queue.Queue[Partial | BaseException] = queue.Queue(2 * job.plan.threads)
+    outcomes: queue.Queue[Partial | BaseException] = queue.Queue(job.plan.threads)
     changed = threading.Condition()
     # a thread that hangs in a read must not keep the process from ending
     threads = [
@@ -139,9 +139,10 @@ def _put(job: Job, outcomes: queue.Queue[Partial | BaseException], outcome: Part
     """Hand an outcome over, as long as somebody may be there to take it."""
     while not job.stop.is_set():
         try:
-            return outcomes.put(outcome, timeout=LOOK)
+            outcomes.put(outcome, timeout=LOOK)
         except queue.Full:
             continue
+        return
 
 
 def _outcome(job: Job, dispatch: Dispatch, changed: threading.Condition, task: Task) -> Partial | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,20 @@ from numpy.typing import NDArray
 from gpuem.errors import InputError, RecipeError
 from gpuem.formats.raw import native_type, pixel_type
 from gpuem.formats.source import Box, Calls, Piece, Resident, Runs, Source
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """Slices of an array, as NumPy arrays; travels to other processes as far as the array does."""
+
+    array: Any
+
+    def __call__(self, box: Box) -> NDArray[Any]:
+        """The box (nav..., y, x)."""
+        part = self.array[box] if len(self.array.shape) > 2 else self.array[box[1:]][None]
+        if hasattr(part, "compute"):
+            part = part.compute(scheduler="synchronous")
+        return np.asarray(part.get() if hasattr(part, "get") and not isinstance(part, np.ndarray) else part)
 
 
 def describe(array: Any) -> Source:
@@ -36,17 +51,11 @@ def describe(array: Any) -> Source:
         return _on_device(array, shape, stored)
     nav, frame = shape[:-2] or (1,), (shape[-2], shape[-1])
 
-    def read(box: Box) -> NDArray[Any]:
-        part = array[box] if len(shape) > 2 else array[box[1:]][None]
-        if hasattr(part, "compute"):
-            part = part.compute(scheduler="synchronous")
-        return np.asarray(part.get() if hasattr(part, "get") and not isinstance(part, np.ndarray) else part)
-
     chunks = getattr(array, "chunks", None)
     if chunks and isinstance(chunks[0], tuple):
         chunks = tuple(max(sizes) for sizes in chunks)
     chunk = tuple(int(c) for c in chunks[: len(nav)]) if chunks and len(shape) > 2 else (1,) * len(nav)
-    piece = Piece(0, nav, Calls(read, chunk, concurrent=True), stored)
+    piece = Piece(0, nav, Calls(Reader(array), chunk, concurrent=True), stored)
     return Source(type(array).__name__, (), (piece,), piece.frames, frame, native_type(stored), nav)
 
 

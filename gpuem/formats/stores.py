@@ -150,7 +150,8 @@ def _asked(url: str, ask: Callable[[], T], what: str) -> T:
         except (PermissionError, known.PermissionDeniedError, known.UnauthenticatedError) as error:
             raise InputError(f"{url}: may not be read ({_short(error)}); {_credentials(url)}") from None
         except (known.NotSupportedError, NotImplementedError) as error:
-            raise InputError(f"{url}: {_short(error)}; copy the file to where it can be read") from None
+            what = "the server sends whole files only, not parts of them" if "Range" in str(error) else _short(error)
+            raise InputError(f"{url}: {what}; copy the file to where it can be read") from None
         except (known.BaseError, OSError, ValueError) as error:
             _refuse_for_good(url, error)
             if attempt + 1 == ATTEMPTS or re.search(r"after [1-9]\d* retries", str(error)):
@@ -166,9 +167,7 @@ def _refuse_for_good(url: str, error: Exception) -> None:
     text = str(error)
     if re.search(r": 416\b", text):
         raise DataError(f"{url}: ends before the bytes that were asked for; it is truncated or its index is damaged")
-    if "non-partial" in text.lower() or "NotPartial" in text:
-        raise InputError(f"{url}: the server sends whole files only, not parts of them; download the file first")
-    if "credential" in text.lower() or "169.254.169.254" in text:
+    if "credential" in text.lower() or "/latest/" in text:
         raise InputError(f"{url}: no credentials were found; {_credentials(url)}") from None
     if re.search(r"\b30[1278]\b|Moved Permanently|redirect", text):
         raise InputError(

@@ -1,0 +1,258 @@
+"""What the commands say: of data, of a run before it begins, of results, of many data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from gpuem.errors import GpuemError, InputError
+from gpuem.progress import duration, err, rate
+
+if TYPE_CHECKING:
+    from gpuem.analyses.strain_maps import StrainFit
+    from gpuem.dataset import Dataset
+    from gpuem.engine import Job
+    from gpuem.many import Outcome
+    from gpuem.recipe import Recipe
+    from gpuem.results import Results
+
+out = Console(highlight=False, soft_wrap=True)
+
+
+def check_one(asked: Recipe) -> None:
+    """Do all of a run before it streams, and say what it would do."""
+    from gpuem import job, results
+    from gpuem.analyses.strain_maps import StrainFit
+
+    ds = job.open_input(asked)
+    analyses, prepared = job.begin(ds, asked.analysis, asked.run, asked.input.roi)
+    describe_data(ds)
+    _describe_plan(asked, ds, prepared)
+    looked = [analysis for analysis in analyses if isinstance(analysis, StrainFit)]
+    for analysis in looked:
+        _show_look(analysis, asked.output.path)
+    out.print("The recipe is good; nothing was streamed." if looked else "The recipe is good; nothing was computed.")
+    try:
+        results.check_writable(asked.output.path, overwrite=False)
+    except GpuemError as error:
+        out.print(f"But: {escape(str(error))}")
+
+
+def _describe_plan(asked: Recipe, ds: Dataset, prepared: Job) -> None:
+    plan = prepared.plan
+    wanted = int(prepared.wanted.sum())
+    out.print(f"scan positions   {wanted:,} of {ds.positions:,} wanted")
+    out.print(f"analyses         {', '.join(f'{a.name} ({a.kind})' for a in asked.analysis)}")
+    out.print(f"device           {prepared.backend.NAME}, {_threads(plan.threads)}")
+    if plan.device_nbytes:
+        out.print(f"GPU memory       {sum(plan.device_nbytes.values()) / 1e6:,.0f} MB")
+        for name, nbytes in plan.device_nbytes.items():
+            out.print(f"                 {nbytes / 1e6:,.0f} MB {name}")
+    out.print(f"shards           {len(plan.shards):,} of up to {max(s.frames for s in plan.shards):,} frames")
+    out.print(f"memory           {plan.total_nbytes / 1e6:,.0f} MB")
+    for name, nbytes in plan.nbytes.items():
+        out.print(f"                 {nbytes / 1e6:,.0f} MB {name}")
+    stored = sum(f.size for f in ds.source.files)
+    out.print(f"to read          {stored * wanted / ds.positions / 1e9:,.3f} GB of files")
+    slow, fast = ds.source.nbytes * wanted / ds.positions / 2e9, ds.source.nbytes * wanted / ds.positions / 2e8
+    out.print(
+        f"estimated time   {duration(slow)} from memory (2 GB/s per run) to {duration(fast)} from a disk of 200 MB/s"
+    )
+    out.print(f"result           {escape(str(asked.output.path))}")
+
+
+def _show_look(found: StrainFit, output: Path) -> None:
+    """What was found in the sample: in words, and over the mean pattern as a picture."""
+    for line in found.picture.lines:
+        out.print(f"{found.name:<16} {escape(line)}")
+    target = output.with_name(f"{output.name.removesuffix('.zarr')}.{found.name}.look.png")
+    try:
+        from gpuem.plot_look import figure_of_look
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        figure_of_look(found).savefig(target, dpi=110)
+        out.print(f"picture          {escape(str(target))}")
+    except ImportError:
+        err.print(escape("no picture: matplotlib is not installed (pip install 'gpuem[plot]', or matplotlib itself)"))
+    except OSError as error:
+        err.print(f"no picture: {escape(str(error))}")
+
+
+def check_many(alone: dict[str, Recipe]) -> None:
+    """Open all data sets of a recipe, list them, and check the first as `check_one` does.
+
+    Raises
+    ------
+    InputError
+        Some can't be opened; all the others were listed.
+    """
+    from rich.table import Table
+
+    from gpuem import job, results
+
+    table = Table("name", "scan", "frame", "GB", "", title=f"{len(alone):,} data sets", title_justify="left")
+    bad, good = 0, None
+    for name, asked in alone.items():
+        try:
+            ds = job.open_input(asked)
+        except (GpuemError, OSError) as error:
+            table.add_row(escape(name), "", "", "", f"[red]{escape(first_line(error))}[/red]")
+            bad += 1
+            continue
+        good = good or asked
+        scan, frame = (" x ".join(map(str, shape)) for shape in (ds.scan_shape, ds.frame_shape))
+        there = "its result is there" if results.is_result(asked.output.path) else "good"
+        table.add_row(escape(name), scan, frame, f"{ds.source.nbytes / 1e9:,.3f}", there)
+    out.print(table)
+    if good is not None:
+        check_one(good)
+    if bad:
+        raise InputError(f"{bad:,} of {len(alone):,} data sets can't be opened; see the list")
+
+
+def say_outcome(outcome: Outcome) -> None:
+    """What became of a data set, in a line on the way."""
+    words = _state(outcome)
+    if outcome.state == "done" and outcome.seconds and not outcome.earlier:
+        words += (
+            f", {outcome.frames:,} frames, {outcome.nbytes / 1e9:.3f} GB in {duration(outcome.seconds)} "
+            f"({rate(outcome.nbytes / outcome.seconds)})"
+        )
+    err.print(f"{escape(outcome.name)}: {escape(words)}")
+
+
+def report_many(outcomes: Sequence[Outcome], summary: Path) -> None:
+    """What became of many data sets, as a table."""
+    from rich.table import Table
+
+    table = Table(title=f"{len(outcomes):,} data sets", title_justify="left")
+    table.add_column("name", overflow="fold")
+    for column in ("frames", "GB", "GB/s", "seconds"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("state", overflow="fold")
+    for outcome in outcomes:
+        cells = ["", "", ""]
+        if outcome.state == "done":
+            gigabytes = outcome.nbytes / 1e9
+            speed = f"{gigabytes / outcome.seconds:.2f}" if outcome.seconds else ""
+            cells = [f"{outcome.frames:,}", f"{gigabytes:,.3f}", speed]
+        seconds = f"{outcome.seconds:,.2f}" if outcome.seconds else ""
+        table.add_row(escape(outcome.name), *cells, seconds, escape(_state(outcome)))
+    out.print(table)
+    out.print(f"summary          {escape(str(summary))}")
+
+
+def _state(outcome: Outcome) -> str:
+    words = outcome.state + (" before" if outcome.earlier else "")
+    words += f", {outcome.masked:,} masked" if outcome.masked else ""
+    return words if outcome.error is None else f"{words}: {first_line(outcome.error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def previews(found: Results, where: Path) -> None:
+    """Draw the maps as pictures beside the result."""
+    try:
+        from gpuem import plot
+
+        folder = where.parent / (where.name.removesuffix(".zarr") + ".previews")
+        if folder == where:
+            folder = where.parent / f"{where.name}.pictures"
+        plot.save_previews(found, folder)
+        out.print(f"pictures         {escape(str(folder))}")
+    except ImportError:
+        err.print(escape("no pictures: matplotlib is not installed (pip install 'gpuem[plot]', or matplotlib itself)"))
+    except OSError as error:
+        err.print(f"no pictures: {escape(str(error))}; the result itself is complete")
+
+
+def report(found: Results, where: Path) -> None:
+    """What a run did."""
+    facts = found.provenance
+    frames, seconds = facts["frames"], facts["seconds"]["total"]
+    out.print(
+        f"read             {frames['read']:,} frames, {facts['bytes'] / 1e9:.3f} GB in {duration(seconds)} "
+        f"({rate(facts['bytes'] / seconds)}) on {_device(facts)}"
+    )
+    if frames["masked"]:
+        out.print(f"masked           {frames['masked']:,} of {frames['wanted']:,} positions have no readable frame")
+    for item in facts["lost"][:10]:
+        out.print(f"                 {escape(item['frames'])}: {escape(item['reason'])}")
+    if len(facts["lost"]) > 10:
+        out.print(f"                 and {len(facts['lost']) - 10} more, listed in the result")
+    for name, item in found.maps.items():
+        if name.endswith("/field_y") and item.attributes:
+            angle, flip = item.attributes["rotation_deg"], item.attributes["flip"]
+            certainty = item.attributes.get("curl_to_divergence")
+            if certainty is not None:
+                doubt = ": the data hardly tell" if certainty > 0.8 else ""
+                out.print(
+                    f"{name.split('/')[0]:<16} rotation {angle:.2f} degrees, flip {'yes' if flip else 'no'}, "
+                    f"curl/divergence that is left {certainty:.2f}{doubt}"
+                )
+    out.print(f"result           {escape(str(where))}")
+
+
+def describe_data(ds: Dataset) -> None:
+    """What a data set is."""
+    for file in ds.source.files[:3]:
+        out.print(f"file             {escape(str(file.path))} ({file.size:,} bytes)")
+    if len(ds.source.files) > 3:
+        out.print(f"                 and {len(ds.source.files) - 3} more")
+    out.print(f"format           {ds.source.format}")
+    for label, axes in (("scan", ds.scan), ("detector", ds.detector)):
+        sizes = " x ".join(str(a.size) for a in axes)
+        steps = ", ".join(f"{a.name} {a.step:g} {a.unit}" for a in axes if a.unit != "px")
+        out.print(f"{label:<16} {sizes}{f'  ({steps})' if steps else ''}")
+    out.print(f"pixels           {ds.source.raw_dtype.name}, {ds.source.nbytes / 1e9:.3f} GB decoded")
+    from gpuem.correction import summary
+
+    _describe_correction(summary(ds.source.correction))
+    for note in ds.notes:
+        out.print(f"note             {escape(note)}")
+
+
+def _describe_correction(facts: dict[str, Any] | None) -> None:
+    if facts is None:
+        return
+    for name in ("dark", "gain", "dead"):
+        if name in facts:
+            count = f" ({facts['dead_pixels']:,} dead pixels)" if name == "dead" else ""
+            out.print(f"{name:<16} {escape(facts[name])}{count}")
+    out.print(f"corrected        as {facts['dtype']}")
+
+
+def describe_results(found: Results, path: Path) -> None:
+    """What a result holds, and how it came about."""
+    facts = found.provenance
+    out.print(f"result           {escape(str(path))}")
+    out.print(f"made             {facts['finished']} by gpuem {facts['gpuem']} on {_device(facts)}")
+    for file in facts["input"]["files"]:
+        out.print(f"from             {escape(file['path'])} ({file['size']:,} bytes)")
+    _describe_correction(facts.get("correction"))
+    frames = facts["frames"]
+    out.print(f"frames           {frames['read']:,} read, {frames['masked']:,} masked")
+    from rich.table import Table
+
+    table = Table("map", "shape", "type", "unit", "meaning")
+    for name, item in found.maps.items():
+        table.add_row(name, " x ".join(map(str, item.data.shape)), item.data.dtype.name, item.units, item.description)
+    out.print(table)
+
+
+def _device(facts: dict[str, Any]) -> str:
+    if facts["device"] == "cuda":
+        ways = {"gds": "through GPUDirect", "pinned": "through page-locked memory", "resident": "from its own memory"}
+        return f"{escape(facts['gpu']['name'])} (cuda), {ways[facts['transfer']['kind']]}"
+    return f"{facts['device']}, {_threads(facts['threads'])}"
+
+
+def _threads(count: int) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
