@@ -21,6 +21,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,10 @@ class Store:
         OSError
             The disk is full or gone.
         """
-        sums = partial.sums
+        # totals of few frames come in a narrower type
+        wide = self._images[0][1]
+        sums = replace(partial.sums, total=partial.sums.total.astype(wide, copy=False))
+        partial = replace(partial, sums=sums)
         for name, rows in _arrays_of(sums).items():
             self._write_rows(name, partial.positions, rows)
         at = self._append("sums.bin", *(_bytes(array) for array in (partial.positions, sums.total, sums.maximum)))

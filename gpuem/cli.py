@@ -71,7 +71,7 @@ def _options(
     ] = False,
 ) -> None:
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(message)s", handlers=[_Console()])
-    for noisy in ("numba", "matplotlib", "asyncio", "h5py", "zarr", "numcodecs", "PIL"):
+    for noisy in ("numba", "matplotlib", "asyncio", "h5py", "zarr", "numcodecs", "PIL", "distributed", "tornado"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
@@ -139,7 +139,7 @@ def _run_many(campaign: Campaign, *, overwrite: bool, resume: bool) -> None:
 
 def _rank(recipe: Path, changes: dict[str, Any]) -> Any:
     """The rank of this process, if it is the one that makes the result; any other one does its share here."""
-    from gpuem import job
+    from gpuem import rank_job
     from gpuem.executors import ranks
 
     if changes["workers"] is not None or changes["scheduler"] is not None:
@@ -150,7 +150,7 @@ def _rank(recipe: Path, changes: dict[str, Any]) -> Any:
         return rank
     signal.signal(signal.SIGTERM, _stop)
     try:
-        job.assist_recipe(recipe, rank, **changes)
+        rank_job.assist(recipe, rank, **changes)
     except KeyboardInterrupt as error:
         raise ResumableError(
             f"rank {rank.number}: {error or 'stopped by Ctrl-C'}; its finished shards are kept"
@@ -298,10 +298,10 @@ def demo(folder: Annotated[Path, typer.Argument(help="Where to write the demo; i
 
 
 def _run(recipe: Path, **options: Any) -> tuple[Results, Path]:
-    from gpuem import job
+    from gpuem import job, rank_job
 
     signal.signal(signal.SIGTERM, _stop)
-    run = job.lead_recipe if "rank" in options else job.run_recipe
+    run = rank_job.lead if "rank" in options else job.run_recipe
     try:
         found, where = run(recipe, watch=Progress, **options)
     except KeyboardInterrupt:

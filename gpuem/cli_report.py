@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from gpuem.recipe import Recipe
     from gpuem.results import Results
 
+# a timeline is drawn of runs that took so many seconds
+LONG = 10.0
 out = Console(highlight=False, soft_wrap=True)
 
 
@@ -167,6 +169,11 @@ def previews(found: Results, where: Path) -> None:
             folder = where.parent / f"{where.name}.pictures"
         plot.save_previews(found, folder)
         out.print(f"pictures         {escape(str(folder))}")
+        if found.provenance["seconds"]["total"] > LONG:
+            from gpuem.plot_timeline import save_timeline
+            from gpuem.run_folder import beside
+
+            out.print(f"timeline         {escape(str(save_timeline(beside(where))))}")
     except ImportError:
         err.print(escape("no pictures: matplotlib is not installed (pip install 'gpuem[plot]', or matplotlib itself)"))
     except OSError as error:
@@ -177,10 +184,17 @@ def report(found: Results, where: Path) -> None:
     """What a run did."""
     facts = found.provenance
     frames, seconds = facts["frames"], facts["seconds"]["total"]
+    from gpuem import run_folder, status, timings
+
+    kept = facts.get("kept_shards", 0)
+    speed = f"; {kept:,} shards were kept from before" if kept else f" ({rate(facts['bytes'] / seconds)})"
     out.print(
-        f"read             {frames['read']:,} frames, {facts['bytes'] / 1e9:.3f} GB in {duration(seconds)} "
-        f"({rate(facts['bytes'] / seconds)}) on {_device(facts)}"
+        f"read             {frames['read']:,} frames, {facts['bytes'] / 1e9:.3f} GB in {duration(seconds)}{speed} "
+        f"on {_device(facts)}"
     )
+    spent = timings.stages(status.Log(run_folder.beside(where)).read())
+    if spent.sentence:
+        out.print(f"time             {spent.sentence}")
     if frames["masked"]:
         out.print(f"masked           {frames['masked']:,} of {frames['wanted']:,} positions have no readable frame")
     for item in facts["lost"][:10]:
@@ -248,8 +262,16 @@ def describe_results(found: Results, path: Path) -> None:
 
 
 def _device(facts: dict[str, Any]) -> str:
+    if "workers" in facts:
+        what = f" on {escape(facts['gpu']['name'])} and the like" if facts["device"] == "cuda" else ""
+        return f"{facts['workers']} worker{'s' if facts['workers'] > 1 else ''} ({facts['device']}){what}"
     if facts["device"] == "cuda":
-        ways = {"gds": "through GPUDirect", "pinned": "through page-locked memory", "resident": "from its own memory"}
+        ways = {
+            "gds": "through GPUDirect",
+            "pinned": "through page-locked memory",
+            "resident": "from its own memory",
+            "kvikio": "through kvikio's remote files",
+        }
         return f"{escape(facts['gpu']['name'])} (cuda), {ways[facts['transfer']['kind']]}"
     return f"{facts['device']}, {_threads(facts['threads'])}"
 

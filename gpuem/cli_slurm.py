@@ -55,15 +55,22 @@ def slurm(
     if check:
         _check_input(loaded, ask.files)
     _check_programs(ask, where, submit)
+    _make_folder(jobs.log_pattern(ask, output).parent, submit)
     if not submit:
         sys.stdout.write(text)
         return
-    log = jobs.log_pattern(ask, output)
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{log.parent}: the folder of the result can't be made: {error.strerror}") from error
     _say(jobs.submit(text), ask, output)
+
+
+def _make_folder(folder: Path, submitting: bool) -> None:
+    """Make the folder of the log: Slurm ends a job without a word where it is missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        message = f"{folder}: the folder of the result can't be made: {error.strerror}"
+        if submitting:
+            raise OutputError(message) from error
+        typer.echo(f"note: {message}; Slurm ends a job without a word where the folder of its log is missing", err=True)
 
 
 def _mode(asked: str, nodes: int, gpus: int) -> Mode:

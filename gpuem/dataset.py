@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import math
 import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from gpuem.engine import describe
 from gpuem.errors import DataError, InputError, RecipeError
 from gpuem.formats import array, read_header
 from gpuem.formats.remote import Url, place
-from gpuem.formats.source import Source
+from gpuem.formats.source import Copy, Source
 from gpuem.storage.host import Files
 
 
@@ -196,6 +198,7 @@ def open(  # noqa: A001
     fit: bool = False,
     calibration: Mapping[str, Any] | None = None,
     format: str | None = None,  # noqa: A002
+    copies: Sequence[Mapping[str, Any]] = (),
     **options: Any,
 ) -> Dataset:
     """Open detector data; only headers are read.
@@ -216,6 +219,9 @@ def open(  # noqa: A001
         ``scan_step``, ``scan_unit``, ``detector_step``, ``detector_unit``.
     format : str
         mib, npy, hdf5, empad or raw; by default found by the file's name.
+    copies : sequence of mapping
+        Machines that have the files on their own disks, too, and are to read them there: ``hosts`` (patterns of their
+        names), ``folder``, and ``files`` (patterns of file names) where it isn't all.
     **options
         What the format needs to be told, such as ``frame``, ``dtype``, ``offset``, ``header``, ``footer`` for raw and
         ``dataset`` for HDF5.
@@ -238,7 +244,14 @@ def open(  # noqa: A001
     options = {key: value for key, value in options.items() if value is not None}
     paths = tuple(place(p) for p in many)
     source = read_header(paths, format, scan, **({"fit": True} if fit else {}), **options)
+    if copies:
+        source = replace(source, copies=tuple(_copy(**one) for one in copies))
     return arrange(source, scan, skip, fit, calibration)
+
+
+def _copy(hosts: Sequence[str], folder: str | os.PathLike[str], files: Sequence[str] = ("*",)) -> Copy:
+    named = (platform.node() if host == "localhost" else host for host in hosts)
+    return Copy(tuple(named), Path(folder), tuple(files))
 
 
 def of_array(data: Any) -> Dataset:

@@ -288,7 +288,7 @@ def combine(job: Job, partials: Iterable[Partial]) -> Totals:
 
 
 def in_order(job: Job) -> bool:
-    """Whether images over frames must be added in the order of shards: sums of floats depend on it, in the last bits."""
+    """Whether images over frames must be added in the order of shards: sums of floats depend on it."""
     return job.prepared.dtype.kind == "f" and bool(job.prepared.weights.total or job.prepared.weights.maximum)
 
 

@@ -17,8 +17,8 @@ from gpuem import backends, dataset, engine, executors, identity, keeping, recip
 from gpuem.analyses import Analysis, Looking, Map, View
 from gpuem.backends import Device, Sums, Weights
 from gpuem.dataset import Dataset
-from gpuem.errors import DataError, InputError, PlanError, RecipeError
-from gpuem.executors import Crew, local, ranks
+from gpuem.errors import DataError, PlanError, RecipeError
+from gpuem.executors import Crew, local
 from gpuem.executors.dispatch import no_report
 from gpuem.keeping import Progress
 from gpuem.look import sample, sample_nbytes
@@ -160,6 +160,8 @@ def _begin_kept(
     resolved = run_folder.looked(kept.path)
     job = crew.settle(prepare(ds, resolved, options, roi))
     identity.refuse_another(kept.path, then["identity"], identity.of_cuts(job))
+    # the same run, worked on by another process
+    kept.describe(ds.source.frame_nbytes, job, then["identity"])
     return resolved, job
 
 
@@ -237,40 +239,6 @@ def run_asked(
         saved = found.save(output, overwrite=overwrite)
         kept.finish()
     return found, saved
-
-
-def lead_recipe(path: str | os.PathLike[str], rank: ranks.Rank, **options: Any) -> tuple[Results, Path]:
-    """`run_recipe` as rank 0 of several processes that a launcher started; the others `assist_recipe`."""
-    changes = {name: options[name] for name in ("input", "workers", "scheduler") if name in options}
-    folder = run_folder.beside(recipe.load_one(Path(path), **changes)[0].output.path)
-    found = run_recipe(path, crew=ranks.Collector(rank, folder), **options)
-    run_folder.say_launch(folder, rank.launch, over=True)
-    return found
-
-
-def assist_recipe(path: str | os.PathLike[str], rank: ranks.Rank, **changes: Any) -> None:
-    """Run the share of a rank other than 0.
-
-    Raises
-    ------
-    ResumableError
-        The run ended early; finished shards are kept.
-    """
-    asked, _ = recipe.load_one(Path(path), **changes)
-    folder = run_folder.beside(asked.output.path)
-    if not ranks.wait_for_launch(folder, rank, asked.run.patience):
-        return
-    with RunFolder(folder, rank=rank.number) as kept:
-        ds = open_input(asked)
-        try:
-            job = prepare(ds, run_folder.looked(folder), asked.run, asked.input.roi)
-        except InputError:
-            if ranks.wait_for_launch(folder, rank, asked.run.patience):
-                raise
-            # all was done before this rank came
-            return
-        identity.refuse_another(folder, (run_folder.description(folder) or {})["identity"], identity.of_cuts(job))
-        ranks.assist(job, rank, kept)
 
 
 def open_input(asked: recipe.Recipe) -> Dataset:

@@ -49,6 +49,8 @@ def run(job: Job, crew: Crew, folder: RunFolder, progress: Progress | None = Non
         with _writing(store):
             store.begin()
         totals = combine(job, told(partials, progress))
+    if done:
+        job.facts["kept_shards"] = done
     folder.report("finish", seconds=round(time.monotonic() - began, 3), done=len(job.plan.shards))
     return totals
 

@@ -41,6 +41,20 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+class Copy(_Section):
+    """``[[input.copy]]``: machines that have the files on their own disks, too, and are to read them there."""
+
+    hosts: list[str] = Field(min_length=1, description='patterns of the names of machines: ["node0[1-4]", "gpu*"]')
+    folder: Path = Field(description="where the files lie there, under the same names")
+    files: list[str] = Field(default=["*"], min_length=1, description="patterns of the names of those files")
+
+    @model_validator(mode="after")
+    def _whole_path(self) -> Copy:
+        if not self.folder.is_absolute():
+            raise ValueError(f"folder {str(self.folder)!r}: give the whole path, as it is on those machines")
+        return self
+
+
 class Input(_Section):
     """``[input]``: the data, and what the file doesn't say."""
 
@@ -63,6 +77,8 @@ class Input(_Section):
     roi: list[int] | Path | None = Field(
         default=None, description="first and end (excluded) for every scan axis, or a boolean .npy of scan shape"
     )
+
+    copies: list[Copy] = Field(default_factory=list, alias="copy")
 
     @model_validator(mode="after")
     def _path_or_each(self) -> Input:
@@ -178,7 +194,7 @@ def load(path: Path, **changes: Any) -> tuple[Recipe, str]:
     if recipe.input.each and NAME not in str(recipe.output.path):
         example = recipe.output.path.with_name(f"{NAME}.{recipe.output.path.name}").name
         raise RecipeError(
-            f"{path}: [input] names {len(recipe.input.each):,} data sets to be run one by one; [output] path needs "
+            f"{path}: [input] names data sets to be run one by one ({len(recipe.input.each):,}); [output] path needs "
             f'"{NAME}" in it, which becomes the name of each, as "{example}"; else all results would go to one place'
         )
     return recipe, text
@@ -217,8 +233,8 @@ def only(recipe: Recipe) -> Recipe:
     """The recipe of the one data set, its name in place; raises RecipeError where there are several."""
     if recipe.input.each is not None:
         raise RecipeError(
-            f"[input] names {len(recipe.input.each):,} data sets to be run one by one: gpuem run and gpuem.run_recipes "
-            "do that; to run one of them, name it (--input FILE, input=...)"
+            f"[input] names data sets to be run one by one ({len(recipe.input.each):,}): gpuem run and "
+            "gpuem.run_recipes do that; to run one of them, name it (--input FILE, input=...)"
         )
     return next(iter(one_by_one(recipe).values()))
 
@@ -373,4 +389,6 @@ def _known(loc: tuple[Any, ...]) -> list[str]:
     sections: dict[str, type[BaseModel]] = {
         "input": Input, "calibration": Calibration, "correction": Correction, "run": Run, "output": Output
     }  # fmt: skip
-    return list(sections[loc[0]].model_fields)
+    if loc[:2] == ("input", "copy") and len(loc) > 3:
+        return list(Copy.model_fields)
+    return [field.alias or name for name, field in sections[loc[0]].model_fields.items()]

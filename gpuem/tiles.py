@@ -151,7 +151,9 @@ def plan(source: Source, limits: Limits, position_nbytes: int, image_nbytes: int
         Not even one thread fits; with the numbers.
     """
     # many shards keep all workers busy to the end; fits take far longer than reading, so theirs are smaller
-    balanced = TILE_NBYTES if fit_nbytes else min(SHARD_NBYTES, max(RUNS_TILE_NBYTES, source.nbytes // BALANCED_SHARDS))
+    balanced = min(SHARD_NBYTES, max(RUNS_TILE_NBYTES, source.nbytes // BALANCED_SHARDS))
+    # and over a network a shard is what is asked for at once
+    balanced = TILE_NBYTES if fit_nbytes else SHARD_NBYTES if source.remote else balanced
     shards, tiles = cut(source, Sizes(shard=balanced))
     shard_frames = max((shard.frames for shard in shards), default=0)
     tile_nbytes = max(

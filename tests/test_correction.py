@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import tracemalloc
 
 import h5py
@@ -96,7 +95,12 @@ def test_every_layout_and_cut(tmp_path_factory, dtype, layout, which, scan, fram
 
 def cut_small(patch, frame_nbytes, tile, shard, corrected):
     """Set the sizes of tiles, of shards, and of what is corrected at once, in frames."""
-    sizes = functools.partial(tiles.Sizes, tile * frame_nbytes, tile * frame_nbytes, shard * frame_nbytes)
+    nbytes = {"runs_tile": tile * frame_nbytes, "tile": tile * frame_nbytes, "shard": shard * frame_nbytes}
+    real = tiles.Sizes
+
+    def sizes(**given):
+        return real(**nbytes)
+
     patch.setattr(tiles, "Sizes", sizes)
     patch.setattr(tiles, "CORRECTED_NBYTES", corrected * frame_nbytes)
 

@@ -1,4 +1,4 @@
-"""Many data sets: which files are one, their names, and that each gets what it would get alone, whatever the others do."""
+"""Many data sets: which files are one, their names, and that each gets what it would get alone."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def write_scan(path, seed=0, scan=(4, 5)):
     return data
 
 
-def found(*patterns, format=None):
-    return [str(p.relative_to(Path.cwd())) for p in data_sets.expand([Path.cwd() / p for p in patterns], format)]
+def found(*patterns, kind=None):
+    return [str(p.relative_to(Path.cwd())) for p in data_sets.expand([Path.cwd() / p for p in patterns], kind)]
 
 
 def touch(*names):
@@ -71,7 +71,7 @@ def test_patterns_find_sorted_files_each_once_and_nothing_else():
     assert found("d/*") == ["d/a.npy", "d/b.npy", "d/c.h5"]
     assert found("d/[ab].npy", "d/?.*", "d/../d/a.npy") == ["d/a.npy", "d/b.npy", "d/c.h5"]
     assert found("**/*.npy") == ["d/a.npy", "d/b.npy", "e/x/y/z.npy"]
-    assert found("d/*.txt", format="raw") == ["d/notes.txt"]
+    assert found("d/*.txt", kind="raw") == ["d/notes.txt"]
 
 
 def test_a_name_with_brackets_is_a_file_where_it_is_there():
@@ -247,6 +247,8 @@ def test_failures_do_not_stop_the_rest(three):
     assert list(got) == ["absent", "one", "short", "three", "two"]
     assert "no such file" in str(got["absent"])
     assert "frame 6: NaN" in str(got["three"])
+    # nothing of the failed runs stays alive by their errors
+    assert got["three"].__traceback__ is None
     assert isinstance(got["short"], gpuem.InputError)
     for name in ("one", "two"):
         check_maps(got[name][0], three[name])
@@ -279,7 +281,6 @@ def test_an_error_that_nobody_foresaw_stops_only_its_own(three, monkeypatch, cap
     monkeypatch.setattr(many.job, "run_asked", surprising)
     got = gpuem.run_recipes(write_recipe('path = "data/*.npy"'))
     assert str(got["three"]) == "ZeroDivisionError: by nobody"
-    assert got["three"].__traceback__ is None
     check_maps(got["two"][0], three["two"])
     assert "Traceback" in caplog.text
 
@@ -299,7 +300,8 @@ def stopping(after):
 
 @pytest.mark.parametrize("after", [0, 1, 3, 8])
 def test_ctrl_c_ends_all_and_a_resumed_run_goes_on(three, monkeypatch, after):
-    monkeypatch.setattr(tiles, "SHARD_NBYTES", 1000)
+    for name in ("SHARD_NBYTES", "TILE_NBYTES", "RUNS_TILE_NBYTES", "LEAST_FRAMES"):
+        monkeypatch.setattr(tiles, name, 1)
     path = write_recipe('path = "data/*.npy"')
     begun = []
 
@@ -321,6 +323,27 @@ def test_ctrl_c_ends_all_and_a_resumed_run_goes_on(three, monkeypatch, after):
     assert states() == {"one": "done", "three": "done", "two": "done"}
     events = [json.loads(line) for line in Path("out/three.results.run/events.jsonl").read_text().splitlines()]
     assert [e["done"] for e in events if e["event"] == "start"] == [0, kept]
+
+
+@pytest.mark.parametrize("where", ["open_input", "save"])
+def test_ctrl_c_outside_of_the_shards_ends_all_too(three, monkeypatch, where):
+    calls = []
+
+    def interrupted(*arguments, **options):
+        calls.append(where)
+        if len(calls) == 2:
+            raise KeyboardInterrupt("stopped by SIGTERM")
+        return whole(*arguments, **options)
+
+    owner = many.job if where == "open_input" else gpuem.Results
+    whole = getattr(owner, where)
+    monkeypatch.setattr(owner, where, interrupted)
+    path = write_recipe('path = "data/*.npy"')
+    with pytest.raises(ResumableError, match="three: stopped by SIGTERM"):
+        gpuem.run_recipes(path)
+    assert states() == {"one": "done", "three": "kept", "two": "not begun"}
+    got = gpuem.run_recipes(path, resume=True)
+    check_maps(got["three"][0], three["three"])
 
 
 class Crews:
@@ -409,7 +432,7 @@ def test_many_runs_leave_no_open_files():
 
 def test_one_data_set_by_its_name(three):
     path = write_recipe('path = "data/*.npy"')
-    with pytest.raises(gpuem.RecipeError, match=r"names 3 data sets to be run one by one.*run_recipes"):
+    with pytest.raises(gpuem.RecipeError, match=r"names data sets to be run one by one \(3\).*run_recipes"):
         gpuem.run_recipe(path)
     maps, where = gpuem.run_recipe(path, input="data/two.npy")
     assert where == path.parent / "out/two.results.zarr"
@@ -463,9 +486,8 @@ def test_sigterm_ends_all_and_says_how_to_go_on(three):
     with open("data/2.raw", "wb") as stream:
         stream.truncate(64 * 256 * 256 * 2)
     write_recipe('path = "data/*.raw"\nframe = [256, 256]\ndtype = "<u2"')
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gpuem.cli", "run", "recipe.toml"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+    words = [sys.executable, "-m", "gpuem.cli", "run", "recipe.toml"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not run_folder.finished_shards(Path("out/1.results.run")) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -478,8 +500,18 @@ def test_sigterm_ends_all_and_says_how_to_go_on(three):
     assert "stopped by SIGTERM" in json.loads(Path("out/recipe.summary.json").read_text())["data sets"][1]["why"]
 
 
-@pytest.mark.parametrize(("also_fails", "code"), [(False, 75), (True, 2)])
-def test_what_is_kept_makes_the_exit_code_say_try_again_unless_something_failed(three, monkeypatch, also_fails, code):
+@pytest.mark.parametrize(
+    ("becomes", "code"),
+    [
+        ({}, 0),
+        ({"two": ResumableError("storage is away")}, 75),
+        ({"one": ResumableError("storage is away"), "two": DataError("broken")}, 2),
+        # who was stopped goes on, whatever failed before
+        ({"one": DataError("broken"), "two": KeyboardInterrupt()}, 75),
+        ({"one": DataError("broken"), "three": KeyboardInterrupt()}, 75),
+    ],
+)
+def test_the_exit_code_says_try_again_where_that_helps(three, monkeypatch, becomes, code):
     import typer
 
     from gpuem import cli
@@ -487,15 +519,17 @@ def test_what_is_kept_makes_the_exit_code_say_try_again_unless_something_failed(
     path = write_recipe('path = "data/*.npy"')
     run = many.job.run_asked
 
-    def early(asked, text, **options):
-        if "three" in str(asked.output.path):
-            raise ResumableError("storage is away")
-        if also_fails and "one" in str(asked.output.path):
-            raise DataError("broken")
+    def ending(asked, text, **options):
+        name = asked.output.path.name.partition(".")[0]
+        if name in becomes:
+            raise becomes[name]
         return run(asked, text, **options)
 
-    monkeypatch.setattr(many.job, "run_asked", early)
+    monkeypatch.setattr(many.job, "run_asked", ending)
     monkeypatch.setattr(cli.signal, "signal", lambda *ignored: None)
-    with pytest.raises(typer.Exit) as ended:
+    ended = 0
+    try:
         cli._run_many(many.load(path), overwrite=False, resume=False)
-    assert ended.value.exit_code == code
+    except typer.Exit as error:
+        ended = error.exit_code
+    assert ended == code

@@ -163,6 +163,66 @@ def test_schema_for_editors():
     schema = recipe.Recipe.model_json_schema()
     assert {"input", "analysis", "output"} <= set(schema["properties"])
     assert "VirtualDetector" in schema["$defs"]
+    said = schema["$defs"]["Input"]["properties"]
+    assert said["each"]["items"] == {"type": "string"}
+    assert {"type": "string"} in said["path"]["anyOf"]
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("", "[input] path: is missing"),
+        ("path = []", "[input] path: is missing"),
+        ("each = []", "[input] each: needed is a list of files and patterns"),
+        ('each = "a.npy"', "[input] each: needed is a list of files and patterns"),
+        ('each = ["a.npy", 3]', "[input] each: needed is a path or a URL, as text in quotes (found 3)"),
+        ("path = 3", "[input] path: needed is a path or a URL, as text in quotes (found 3)"),
+        ('path = ""', "[input] path: needed is a path or a URL"),
+        ('path = ["data.npy", ""]', "[input] path: needed is a path or a URL"),
+        ('path = "ftp://host/a.npy"', "not a URL that gpuem reads; it may begin with s3,"),
+        ('path = "data.npy"\neach = ["data.npy"]', "[input]: path is one data set or a pattern, each is a list"),
+        ('each = ["s3://bucket/*.npy"]', "patterns are for files on this machine; list the URLs"),
+        ('each = ["data.npy"]', '[input] names data sets to be run one by one (1); [output] path needs "{name}" in it'),
+        ('path = "*.npy"', 'as "{name}.out.zarr"'),
+    ],
+)
+def test_mistakes_in_what_the_data_is(folder, said, message):
+    assert message in refused(GOOD.replace('path = "data.npy"', said), folder)
+
+
+def test_one_mistake_is_told_once(folder):
+    assert refused(GOOD.replace('path = "data.npy"', "path = 3"), folder).count("path or a URL") == 1
+    assert "is missing" not in refused(GOOD.replace('path = "data.npy"', "each = 3"), folder)
+
+
+def test_urls_stay_what_they_are(folder):
+    text = GOOD.replace('path = "data.npy"', 'each = ["s3://bucket/a//b.npy", "data.npy", "https://host/c.npy?key=x"]')
+    (folder / "urls.toml").write_text(text.replace("out.zarr", "{name}.zarr"))
+    asked, _ = recipe.load(folder / "urls.toml")
+    alone = recipe.one_by_one(asked)
+    assert {name: str(one.input.path) for name, one in alone.items()} == {
+        "b": "s3://bucket/a//b.npy",
+        "data": str(folder / "data.npy"),
+        "c": "https://host/c.npy?key=x",
+    }
+    assert alone["c"].output.path == folder / "c.zarr"
+    asked, _ = recipe.load_one(folder / "urls.toml", input="s3://bucket/d.npy")
+    assert (str(asked.input.path), asked.output.path) == ("s3://bucket/d.npy", folder / "d.zarr")
+
+
+def test_the_name_stands_for_the_first_file_of_one_data_set(folder, monkeypatch):
+    (folder / "named.toml").write_text(GOOD.replace("out.zarr", "maps of {name}/{name}.zarr"))
+    _, where = gpuem.run_recipe(folder / "named.toml")
+    assert where == folder / "maps of data/data.zarr"
+    several = GOOD.replace('"data.npy"', '["b.x.bin", "a.bin"]').replace("out.zarr", "{name}.zarr")
+    (folder / "several.toml").write_text(several)
+    assert recipe.load_one(folder / "several.toml")[0].output.path == folder / "b.x.zarr"
+    # on the command line paths count from the current folder, and patterns are patterns
+    monkeypatch.chdir(folder)
+    np.save("[1] second.npy", np.load("data.npy"))
+    assert recipe.load_one(folder / "named.toml", input="[1] second.npy")[0].input.path == folder / "[1] second.npy"
+    with pytest.raises(gpuem.RecipeError, match="names data sets to be run one by one"):
+        recipe.load_one(folder / "named.toml", input="*.npy")
 
 
 def test_readme_recipe_is_valid():

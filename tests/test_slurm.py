@@ -537,6 +537,20 @@ def test_the_data_is_looked_at_now(tmp_path):
     assert command(path, "--no-check").exit_code == 0
 
 
+def test_the_folder_of_the_log_is_made(tmp_path):
+    path = write_recipe(tmp_path, "a/{name}/b.zarr")
+    assert command(path, "--array", tmp_path / "scan.raw").exit_code == 0
+    # what is below is made by the runs
+    assert list((tmp_path / "a").iterdir()) == []
+    assert command(path).exit_code == 0
+    assert (tmp_path / "a/scan").is_dir()
+    path = write_recipe(tmp_path, "scan.raw/b.zarr")
+    done = command(path)
+    assert done.exit_code == 0
+    assert "can't be made" in done.stderr
+    assert "can't be made" in str(command(path, "--submit").exception)
+
+
 def test_submitting_needs_sbatch(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     done = command(write_recipe(tmp_path), "--submit")
@@ -604,7 +618,7 @@ def log_of(folder: Path) -> str:
 
 @needs_slurm
 def test_stopped_before_its_limit_a_job_goes_on(cluster, tmp_path):
-    place = tmp_path / 'it\'s a "place" 100%'
+    place = tmp_path / 'it\'s a "place" 100%j'
     path, run = write_recipe(place), place / "scan.results.run"
     job = cluster.submit(text_of(path, with_stand_in(tmp_path, 40, 0.1), gpus=2, cpus=3))
     local_slurm.eventually(some(run, "shard", 3), 60, "three shards are done")
@@ -756,15 +770,15 @@ def test_dask_cuda_gives_every_gpu_a_worker_and_comes_back(cluster, nvml, tmp_pa
     pytest.importorskip("dask_cuda")
     # dask-cuda has this switch for its own tests: no CUDA context is made
     fake = (f"export LD_LIBRARY_PATH={nvml}:${{LD_LIBRARY_PATH:-}}", "export DASK_CUDA_TEST_SINGLE_GPU=1")
-    site = dask_site(tmp_path, 8, 75, fake)
-    text = text_of(write_recipe(tmp_path), site, nodes=2, gpus=4, mode="dask", cpus=4)
+    site = dask_site(tmp_path, 4, 75, fake)
+    text = text_of(write_recipe(tmp_path), site, nodes=2, gpus=2, mode="dask", cpus=4)
     job = cluster.submit(text)
     # ended early, something was finished: once more, with a scheduler of its own
     cluster.requeued(job, 120)
     assert cluster.wait(job) == ("COMPLETED", 0), log_of(tmp_path)
     for seen in events(tmp_path / "scan.results.run"):
         assert [(node, visible.split(",")[0]) for node, visible, _ in seen["found"]] == [
-            (node, str(gpu)) for node in ("n1", "n2") for gpu in range(4)
+            (node, str(gpu)) for node in ("n1", "n2") for gpu in range(2)
         ]
         assert set(seen["memory"]) == {None}
     assert len(events(tmp_path / "scan.results.run")) == 2
@@ -787,3 +801,178 @@ def test_submit_says_how_to_follow(cluster, tmp_path, monkeypatch):
     assert (tmp_path / f"made/scan.slurm-{job}_0.log").exists()
     assert f"gpuem status {path}\n" in done.stdout
     assert some(tmp_path / "made/scan/maps.run", "shard", 2)()
+
+
+# --- gpuem itself in a real Slurm -----------------------------------------------------------------------------------
+
+BIG = """
+[input]
+path = {path}
+scan = [32, 32]
+frame = [512, 512]
+dtype = "uint16"
+
+[[analysis]]
+kind = "sum"
+
+[[analysis]]
+kind = "com"
+
+[run]
+device = "cpu"
+threads = 2
+
+[output]
+path = {output}
+previews = false
+"""
+# in every Python of a job: reading takes its time
+SLOW = """
+import os, time
+read = os.preadv
+def slowly(*args):
+    time.sleep({seconds})
+    return read(*args)
+os.preadv = slowly
+"""
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """Folder with 512 MB of frames, most of them holes in the file, and the maps of a run without Slurm."""
+    folder = tmp_path_factory.mktemp("big")
+    rng = np.random.default_rng(5)
+    with (folder / "big.raw").open("wb") as file:
+        file.truncate(32 * 32 * 512 * 512 * 2)
+        for k in range(32 * 32):
+            file.seek(k * 512 * 512 * 2 + 1024 * int(rng.integers(500)))
+            file.write(rng.integers(0, 1000, 300).astype("u2").tobytes())
+    return folder, recipe_of_big(folder, "local.zarr")
+
+
+def recipe_of_big(folder: Path, output: str) -> Path:
+    path = folder / f"{Path(output).name}.toml"
+    path.write_text(BIG.format(path=json.dumps(str(folder / "big.raw")), output=json.dumps(output)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def truth(big):
+    import gpuem
+
+    return gpuem.run_recipe(big[1])[0]
+
+
+def slow_site(folder: Path, seconds: float, *more: str) -> Site:
+    (folder / "slow").mkdir(exist_ok=True)
+    (folder / "slow/sitecustomize.py").write_text(SLOW.format(seconds=seconds))
+    return Site(setup=[f"export PYTHONPATH={folder}/slow", *more])
+
+
+def same(found, truth) -> None:
+    assert set(found.maps) == set(truth.maps)
+    for name, item in truth.maps.items():
+        assert item.data.tobytes() == found.maps[name].data.tobytes(), name
+
+
+MODES = {
+    "single": {"gpus": 0},
+    "rank": {"nodes": 2, "gpus": 2, "mode": "rank", "cpus": 2},
+    "dask": {"nodes": 2, "gpus": 0, "mode": "dask", "cpus": 2},
+    "dask cuda": {"nodes": 2, "gpus": 2, "mode": "dask", "cpus": 4},
+}
+
+
+@needs_slurm
+@pytest.mark.parametrize("how", MODES)
+def test_gpuem_is_stopped_goes_on_and_finds_the_same_bits(cluster, big, truth, nvml, tmp_path, how):
+    import gpuem
+
+    fake: tuple[str, ...] = ()
+    if how.startswith("dask"):
+        pytest.importorskip("distributed")
+    if how == "dask cuda":
+        pytest.importorskip("dask_cuda")
+        fake = (f"export LD_LIBRARY_PATH={nvml}:${{LD_LIBRARY_PATH:-}}", "export DASK_CUDA_TEST_SINGLE_GPU=1")
+    path = recipe_of_big(big[0], str(tmp_path / "scan.results.zarr"))
+    run = tmp_path / "scan.results.run"
+    job = cluster.submit(text_of(path, slow_site(tmp_path, 0.03, *fake), **MODES[how]))
+    local_slurm.eventually(
+        lambda: some(run, "shard", 4)() or cluster.state(job) in local_slurm.ENDED, 180, "four shards"
+    )
+    assert cluster.state(job) == "RUNNING", log_of(tmp_path)
+    cluster.run("scancel", "--signal=TERM", "--batch", job)
+    cluster.requeued(job)
+    assert cluster.wait(job, 200) == ("COMPLETED", 0), log_of(tmp_path)
+    assert cluster.facts(job)["Restarts"] == "1"
+    same(gpuem.load_results(tmp_path / "scan.results.zarr"), truth)
+    said = events(run)
+    starts = [item for item in said if item["event"] == "start"]
+    assert [start["executor"] for start in starts] == [{"single": "local", "rank": "ranks"}.get(how, "dask")] * 2
+    assert starts[1]["done"] >= 4
+    assert starts[0]["workers"] == {"single": 2, "rank": 4, "dask": 4, "dask cuda": 4}[how]
+    # what is finished is not done again
+    assert sum(item["event"] == "stop" for item in said) >= 1
+    shards = [item["shard"] for item in said if item["event"] == "shard"]
+    assert set(shards) <= set(range(starts[0]["shards"]))
+    assert len(shards) - len(set(shards)) <= 4
+
+
+@needs_slurm
+def test_gpuem_that_was_cancelled_goes_on_when_submitted_again(cluster, big, truth, tmp_path):
+    import gpuem
+
+    path = recipe_of_big(big[0], str(tmp_path / "scan.results.zarr"))
+    run = tmp_path / "scan.results.run"
+    text = text_of(path, slow_site(tmp_path, 0.03), gpus=0)
+    job = cluster.submit(text)
+    local_slurm.eventually(some(run, "shard", 2), 120, "some shards are done")
+    # gpuem gets this one twice, from Slurm and from the script
+    cluster.run("scancel", job)
+    assert cluster.wait(job)[0] == "CANCELLED"
+    assert some(run, "stop")(), log_of(tmp_path)
+    assert cluster.wait(cluster.submit(text)) == ("COMPLETED", 0), log_of(tmp_path)
+    assert events(run)[-1]["event"] == "finish"
+    assert [item["done"] for item in events(run) if item["event"] == "start"][1] >= 2
+    same(gpuem.load_results(tmp_path / "scan.results.zarr"), truth)
+
+
+@needs_slurm
+def test_an_array_of_gpuem(cluster, big, truth, tmp_path):
+    import gpuem
+
+    data = tmp_path / "da ta"
+    data.mkdir()
+    for name in ("it's.raw", "b.raw"):
+        (data / name).symlink_to(big[0] / "big.raw")
+    (data / "short.raw").write_bytes(b"123")
+    path = recipe_of_big(big[0], str(tmp_path / "maps/{name}.zarr"))
+    job = command_submits(cluster, path, data)
+    assert [cluster.wait(f"{job}_{i}", 200) for i in range(3)] == [("COMPLETED", 0), ("COMPLETED", 0), ("FAILED", 2)]
+    for name in ("it's", "b"):
+        same(gpuem.load_results(tmp_path / f"maps/{name}.zarr"), truth)
+    assert "short.raw" in (tmp_path / f"maps/{path.stem}.slurm-{job}_2.log").read_text()
+
+
+def command_submits(cluster, path: Path, data: Path) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("SLURM_CONF", "PATH"):
+            patch.setenv(name, cluster.env[name])
+        done = command(path, "--gpus-per-node", 0, "--cpus-per-task", 2, "--submit", "--array", data / "*.raw")
+    assert done.exit_code == 0, done.exception
+    return done.stdout.split("job ")[1].split(",")[0]
+
+
+@needs_slurm
+def test_several_data_sets_in_one_job(cluster, tmp_path):
+    path = write_recipe(tmp_path / "x y", "maps/{name}.zarr")
+    for name in ("a", "b"):
+        shutil.copy(tmp_path / "x y/scan.raw", tmp_path / f"x y/{name}.raw")
+    path.write_text(path.read_text().replace('path = "scan.raw"', 'each = ["a.raw", "b.raw"]'))
+    with pytest.raises(RecipeError, match="--array"):
+        text_of(path, mode="rank")
+    text = command(path, "--gpus-per-node", 0).stdout
+    assert 'grep -h \'"event": *"shard"\' ' + shlex.quote(f"{tmp_path}/x y/maps/") + "*.run/events*.jsonl" in text
+    assert cluster.wait(cluster.submit(text)) == ("COMPLETED", 0), log_of(tmp_path / "x y")
+    assert (tmp_path / "x y/maps/a.zarr").is_dir()
+    assert (tmp_path / "x y/maps/b.zarr").is_dir()

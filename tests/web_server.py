@@ -27,6 +27,7 @@ class Web(ThreadingHTTPServer):
         self.ranges = True
         # how many of the next answers are 503, and how many end in the middle
         self.busy = self.cuts = 0
+        self.refused = 0
         self.forbidden = False
         self.etag = '"one"'
         self.delay = 0.0
@@ -104,6 +105,8 @@ class Answer(BaseHTTPRequestHandler):
         return None
 
     def refuse(self, code):
+        with self.server.lock:
+            self.server.refused += 1
         self.send_response(code)
         self.send_header("Content-Length", "0")
         self.end_headers()

@@ -49,7 +49,7 @@ class Frames:
 
 @dataclass(frozen=True)
 class Lost:
-    """Frames that can't be had: `broken`, or never written; `reading` where that may pass, for the bytes didn't come."""
+    """Frames that can't be had: `broken`, or never written; `reading` where the bytes didn't come, which may pass."""
 
     indices: NDArray[np.int64]
     message: str

@@ -163,7 +163,7 @@ def _load_runs(
 
 def _few(at: NDArray[np.int64], length: int, stride: int, most: int) -> Iterator[slice]:
     """Cuts between frames of `length` bytes at ascending offsets: at most so many of them, and little in between."""
-    if stride - length <= GAP_NBYTES and at[-1] - at[0] == (at.size - 1) * stride:
+    if at[-1] - at[0] == (at.size - 1) * stride:
         yield from (slice(k, k + most) for k in range(0, at.size, most))
         return
     # a small gap is read along, a large one is not

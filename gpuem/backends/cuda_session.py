@@ -149,7 +149,7 @@ class Session:
         before.record()
         self.compute.wait_event(before)
         slot, scratch = cuda_plan.buffers(source, plan.tiles)
-        direct = gds.Reader(source.files) if self.transfer == "gds" else None
+        direct = gds.Reader(source.files) if self.transfer in ("gds", "kvikio") else None
         self.ring: Ring[Any] = Ring(files, cuda_plan.SLOTS, slot, plan.threads, self.compute, direct)
         self._scratch = {purpose: cupy.empty(nbytes, np.uint8) for purpose, nbytes in scratch.items()}
         self._even: dict[int, Array] = {}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from gpuem.engine import Job, Partial
 from gpuem.errors import RecipeError
-from gpuem.executors import local
+from gpuem.executors import copies, local
 from gpuem.executors.dispatch import Report
 from gpuem.recipe import Run
 
@@ -37,13 +38,13 @@ class Crew(Protocol):
 
 
 class Here:
-    """This process."""
+    """Nobody but this process."""
 
     name = "local"
 
     def settle(self, job: Job) -> Job:
-        """The job as it is."""
-        return job
+        """The job with this machine's own files."""
+        return copies.at_home(job)
 
     def run(self, job: Job, shards: Iterable[int], report: Report) -> Generator[Partial]:
         """See `gpuem.executors.local.run`."""
@@ -66,6 +67,9 @@ def crew(options: Run) -> AbstractContextManager[Crew]:
         return nullcontext(Here())
     try:
         from gpuem.executors import dask_workers
+
+        # it tells of every connection; what goes wrong with one is told in our words
+        logging.getLogger("distributed").setLevel(logging.ERROR)
     except ImportError as error:
         raise RecipeError(
             f"[run] workers and scheduler need Dask ({error}): pip install 'gpuem[dask]', "

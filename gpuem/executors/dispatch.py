@@ -220,7 +220,13 @@ class Dispatch:
         """A worker didn't get to these shards, and is not to blame."""
         for shard in shards:
             self._leave(shard, worker)
-            self._wait(shard)
+            self._late.pop(worker, None)
+            trouble = self._trouble.get(shard)
+            if trouble is None:
+                self._wait(shard)
+            elif not self.running.get(shard):
+                # it failed on another worker before; that pause still holds
+                heapq.heappush(self._later, (trouble.until, shard))
 
     def hung(self, now: float) -> set[str]:
         """Workers that have been at one shard for so long that they seem to hang."""
@@ -302,7 +308,9 @@ class Dispatch:
     def _blame(self, worker: str, why: str) -> None:
         """Count failures in a row of a worker; leave it out where others are there."""
         self._failures[worker] = self._failures.get(worker, 0) + 1
-        if self._failures[worker] >= FAILURES and self.workers - self.excluded - {worker}:
+        # what it was given before may fail after that
+        news = worker not in self.excluded and self._failures[worker] >= FAILURES
+        if news and self.workers - self.excluded - {worker}:
             self.excluded.add(worker)
             self._report("excluded", worker=worker, why=f"failed {FAILURES} times in a row: {why}")
 

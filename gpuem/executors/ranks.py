@@ -1,25 +1,25 @@
 """Processes that a launcher numbered (srun, mpirun, torchrun), without any server: each takes every n-th shard.
 
 They meet in the run folder, on a file system that all of them see. Rank 0 looks and plans, and says so in
-``launch.json``; every other rank then writes its finished shards to a store of its own, ``store-3``. Rank 0 computes its
-own share, collects what the others finish, and makes the result.
+``launch.json``; every other rank then writes its finished shards to a store of its own, ``store-3``, and at its end
+says in ``rank-3`` why it ended. Rank 0 computes its own share, collects what the others finish, and makes the result.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, MutableMapping
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gpuem import errors
 from gpuem.checkpoint import Store
 from gpuem.engine import Job, Partial
-from gpuem.errors import RecipeError, ResumableError
-from gpuem.executors import local
+from gpuem.errors import GpuemError, RecipeError, ResumableError
+from gpuem.executors import copies, local
 from gpuem.executors.dispatch import Report
 from gpuem.run_folder import RunFolder, say_launch, write_whole
 
@@ -27,13 +27,31 @@ from gpuem.run_folder import RunFolder, say_launch, write_whole
 LOOK = 0.5
 # a rank that gave no sign of life for so long is lost
 SILENT = 60.0
-# number of this process, number of all, number on this machine, and what names this launch, as launchers say them
+# rank 0 said that it was alive, and doesn't any more: it ended, unless the file system is slow to tell
+ENDED = 10.0
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Names of the variables for the number of a process, of all, and on its machine; and of one that only it sets."""
+
+    number: str
+    count: str
+    place: str
+    own: str = ""
+
+
+# the innermost first: in a Slurm job, mpirun and torchrun number processes that have Slurm's variables, too
 LAUNCHERS = (
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", ("PMIX_NAMESPACE",)),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", ("PMI_JOBID",)),
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK", ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")),
+    Launcher("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RUN_ID"),
+    Launcher("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    Launcher("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    Launcher("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    Launcher("RANK", "WORLD_SIZE", "LOCAL_RANK"),
 )
+# what is new for every launch, by itself, or together with a count of restarts
+NAMES = ("SLURM_JOB_ID", "SLURM_STEP_ID", "PMIX_NAMESPACE", "PMI_JOBID", "TORCHELASTIC_RUN_ID")
+RESTARTS = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
 
 
 @dataclass(frozen=True)
@@ -53,26 +71,75 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Rank:
     RecipeError
         No launcher that is known, or none that names its launches.
     """
-    for number, count, _, names in LAUNCHERS:
-        if number in environment and count in environment:
-            said = [environment[name] for name in names if name in environment]
-            launch = environment.get("GPUEM_LAUNCH") or "-".join(said)
-            if not launch and int(environment[count]) > 1:
-                raise RecipeError(
-                    f"--rank-from-env: {number} is set, but nothing names this launch: set GPUEM_LAUNCH to a word that is "
-                    "new for every start"
-                )
-            return Rank(int(environment[number]), int(environment[count]), launch)
-    known = ", ".join(number for number, *_ in LAUNCHERS)
-    raise RecipeError(f"--rank-from-env: none of {known} is set; start it with srun, mpirun or torchrun")
+    found = _launcher(environment)
+    if found is None:
+        known = ", ".join(dict.fromkeys(launcher.number for launcher in LAUNCHERS))
+        raise RecipeError(f"--rank-from-env: none of {known} is set; start it with srun, mpirun or torchrun")
+    said = f"{found.number}={environment[found.number]}, {found.count}={environment[found.count]}"
+    try:
+        number, count = int(environment[found.number]), int(environment[found.count])
+    except ValueError:
+        raise RecipeError(f"--rank-from-env: {said}: not numbers") from None
+    if not 0 <= number < count:
+        raise RecipeError(f"--rank-from-env: {said}: there is no such process")
+    launch = environment.get("GPUEM_LAUNCH") or _launch(environment)
+    if not launch and count > 1:
+        raise RecipeError(
+            f"--rank-from-env: {found.number} is set, but nothing names this launch: set GPUEM_LAUNCH to a word that "
+            "is new for every start"
+        )
+    return Rank(number, count, launch)
 
 
-def choose_gpu(environment: MutableMapping[str, str]) -> None:
+def _launcher(environment: Mapping[str, str]) -> Launcher | None:
+    for launcher in LAUNCHERS:
+        needed = [launcher.number, launcher.count] + ([launcher.own] if launcher.own else [])
+        if all(name in environment for name in needed):
+            return launcher
+    return None
+
+
+def _launch(environment: Mapping[str, str]) -> str:
+    """A word for this launch, the same for all of its processes; empty where nothing tells it from others."""
+    # torchrun says "none" where nobody named the launch
+    said = [environment[name] for name in NAMES if environment.get(name, "none") != "none"]
+    again = [environment[name] for name in RESTARTS if name in environment]
+    return "-".join(said + again) if said else ""
+
+
+def choose_gpu(environment: MutableMapping[str, str], devices: Path = Path("/dev")) -> None:
     """Of several GPUs that all ranks of a machine see, leave this one its own."""
-    visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    places = [environment[name] for _, _, name, _ in LAUNCHERS if name in environment]
-    if len(visible) > 1 and places:
-        environment["CUDA_VISIBLE_DEVICES"] = visible[int(places[0]) % len(visible)]
+    launcher = _launcher(environment)
+    if launcher is None or not environment.get(launcher.place, "").isdigit():
+        return
+    said = environment.get("CUDA_VISIBLE_DEVICES")
+    visible = [name for name in (said or "").split(",") if name]
+    if said is None:
+        # all that the machine has, as the driver numbers them
+        visible = [str(k) for k, _ in enumerate(devices.glob("nvidia[0-9]*"))]
+    if len(visible) > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = visible[int(environment[launcher.place]) % len(visible)]
+
+
+class Pulse:
+    """Signs of life of another process, by the clock of this one: those of machines differ."""
+
+    def __init__(self, alive: Path) -> None:
+        self._alive, self._last = alive, 0
+        self._heard = time.monotonic()
+        self.there = self.was_there = False
+
+    def silent(self) -> float:
+        """Seconds since it last said that it is alive."""
+        try:
+            now = self._alive.stat().st_mtime_ns
+        except OSError:
+            now = 0
+        self.there = now > 0
+        self.was_there |= self.there
+        if now not in (0, self._last):
+            self._last, self._heard = now, time.monotonic()
+        return time.monotonic() - self._heard
 
 
 @dataclass
@@ -82,11 +149,12 @@ class Collector:
     rank: Rank
     folder: Path
     name: str = "ranks"
-    _seen: dict[int, Store] = field(default_factory=dict)
+    _pulses: dict[int, Pulse] = field(default_factory=dict)
+    _seen: dict[Path, int] = field(default_factory=dict)
 
     def settle(self, job: Job) -> Job:
-        """The job as it is: every rank plans it alike."""
-        return job
+        """The job with this machine's own files; every rank plans it alike."""
+        return copies.at_home(job)
 
     def workers(self, job: Job) -> int:
         """Ranks."""
@@ -95,21 +163,23 @@ class Collector:
     def run(self, job: Job, shards: Iterable[int], report: Report) -> Generator[Partial]:
         """Yield the results of this rank as they end, and those of the others as they are found."""
         missing = set(shards)
+        self._seen.clear()
         # the others may begin
         say_launch(self.folder, self.rank.launch)
+        yield from self._collected(job, missing)
         mine = [shard for shard in sorted(missing) if shard % self.rank.count == 0]
-        looked = 0.0
+        looked = time.monotonic()
         with closing(local.run(job, mine, report)) as computing:
             for partial in computing:
-                if partial.shard in missing:
-                    missing.discard(partial.shard)
-                    yield partial
+                missing.discard(partial.shard)
+                yield partial
                 if time.monotonic() - looked > LOOK:
-                    looked = time.monotonic()
                     yield from self._collected(job, missing)
+                    looked = time.monotonic()
+        self._pulses = {n: Pulse(self.folder / f"alive-{n}") for n in range(1, self.rank.count)}
         while missing:
             # who ended is asked first: what it finished before that is then found
-            ended = {number: _mark(self.folder, number, self.rank.launch) for number in range(1, self.rank.count)}
+            ended = {number: _mark(self.folder, number, self.rank.launch) for number in self._pulses}
             before = len(missing)
             yield from self._collected(job, missing)
             if missing and len(missing) == before:
@@ -119,24 +189,34 @@ class Collector:
     def _collected(self, job: Job, missing: set[int]) -> Generator[Partial]:
         """What other ranks finished, also those of an earlier launch."""
         for path in sorted(self.folder.glob("store-*")):
+            try:
+                size = (path / "done.jsonl").stat().st_size
+            except OSError:
+                continue
+            if size == self._seen.get(path):
+                continue
             store = Store(path, job)
             store.look()
-            for shard in sorted(missing & set(store.finished)):
-                store.finished = {shard: store.finished[shard]}
-                if store.verify():
-                    continue
-                missing.discard(shard)
-                yield store.read(shard)
-                store.look()
-            store.close()
+            records, whole = store.finished, True
+            with closing(store):
+                for shard in sorted(missing & set(records)):
+                    store.finished = {shard: records[shard]}
+                    if store.verify():
+                        # damaged, or the file system hasn't brought all of it here yet
+                        whole = False
+                        continue
+                    missing.discard(shard)
+                    yield store.read(shard)
+            if whole:
+                self._seen[path] = size
 
     def _refuse_without(self, job: Job, missing: set[int], ended: dict[int, dict[str, str] | None]) -> None:
-        """Raise ResumableError where what is missing won't come."""
+        """Raise why what is missing won't come, where it won't."""
         for number in sorted({shard % self.rank.count for shard in missing} - {0}):
             mark = ended[number]
             if mark is not None:
-                raise ResumableError(f"rank {number} ended: {mark['why'] or 'its shards are not in its store'}")
-            silent = _silent(self.folder / f"alive-{number}")
+                raise _error(mark)(f"rank {number} ended: {mark['why'] or 'its shards are not in its store'}")
+            silent = self._pulses[number].silent()
             if silent > max(SILENT, job.patience):
                 raise ResumableError(f"rank {number} gave no sign of life for {silent:.0f} s")
 
@@ -149,6 +229,7 @@ def assist(job: Job, rank: Rank, folder: RunFolder) -> None:
     ResumableError
         It ended early.
     """
+    job = copies.at_home(job)
     done: set[int] = set()
     own = Store(folder.store, job)
     for path in sorted(folder.path.glob("store*")):
@@ -157,21 +238,43 @@ def assist(job: Job, rank: Rank, folder: RunFolder) -> None:
         store.finished = {s: record for s, record in store.finished.items() if s % rank.count == rank.number}
         store.verify()
         done |= set(store.finished)
+        store.close()
     mine = [s for s in range(len(job.plan.shards)) if s % rank.count == rank.number and s not in done]
-    why = "it was killed"
+    own.begin()
+    with closing(own), closing(local.run(job, mine, folder.report)) as computing:
+        for partial in computing:
+            own.write(partial)
+
+
+@contextmanager
+def marked(folder: RunFolder, rank: Rank) -> Iterator[None]:
+    """However this rank ends: say so, and why, for rank 0.
+
+    Raises
+    ------
+    ResumableError
+        Instead of what may pass.
+    """
+    mark = folder.path / f"rank-{rank.number}"
+    mark.unlink(missing_ok=True)
+    error: BaseException | None = None
     try:
-        own.begin()
-        with closing(local.run(job, mine, folder.report)) as computing:
-            for partial in computing:
-                own.write(partial)
-        own.close()
-        why = ""
-    except BaseException as error:
-        why = str(error) or type(error).__name__
+        yield
+    except (OSError, MemoryError) as found:
+        where = f"{found.filename}: " if isinstance(found, OSError) and found.filename else ""
+        reason = (found.strerror if isinstance(found, OSError) else "") or str(found) or type(found).__name__
+        error = ResumableError(f"rank {rank.number}: {where}{reason}; its finished shards are kept")
+        raise error from found
+    except BaseException as found:
+        error = found
         raise
     finally:
-        mark = {"launch": rank.launch, "why": why}
-        write_whole(folder.path / f"rank-{rank.number}", json.dumps(mark).encode())
+        said = {"launch": rank.launch, "why": "", "kind": ""}
+        if error is not None:
+            said.update(why=str(error) or type(error).__name__, kind=type(error).__name__)
+        # the disk may be full; then rank 0 waits for a sign of life
+        with suppress(OSError):
+            write_whole(mark, json.dumps(said).encode())
 
 
 def wait_for_launch(folder: Path, rank: Rank, patience: float, sleep: Callable[[float], None] = time.sleep) -> bool:
@@ -182,18 +285,19 @@ def wait_for_launch(folder: Path, rank: Rank, patience: float, sleep: Callable[[
     ResumableError
         It gives no sign of life.
     """
-    waited = time.monotonic()
+    pulse = Pulse(folder / "alive")
     while True:
+        # asked first: rank 0 says that all is done before it goes
+        silent = pulse.silent()
         try:
             said = json.loads((folder / "launch.json").read_text(encoding="utf-8"))
             if said["launch"] == rank.launch:
                 return not said.get("over")
         except (OSError, ValueError, KeyError):
             pass
-        if _silent(folder / "alive") < SILENT:
-            waited = time.monotonic()
-        if time.monotonic() - waited > max(patience, SILENT):
-            raise ResumableError(f"{folder}: rank 0 hasn't begun for {time.monotonic() - waited:.0f} s")
+        if silent > (ENDED if pulse.was_there and not pulse.there else max(patience, SILENT)):
+            why = "ended before it began" if pulse.was_there and not pulse.there else "hasn't begun"
+            raise ResumableError(f"{folder}: rank 0 {why}; no sign of life for {silent:.0f} s")
         sleep(0.2)
 
 
@@ -206,9 +310,7 @@ def _mark(folder: Path, number: int, launch: str) -> dict[str, str] | None:
     return found if found.get("launch") == launch else None
 
 
-def _silent(alive: Path) -> float:
-    """Seconds since a process last said that it is alive."""
-    try:
-        return time.time() - alive.stat().st_mtime
-    except OSError:
-        return float("inf")
+def _error(mark: dict[str, str]) -> type[GpuemError]:
+    """The kind of error that ended a rank: what is wrong for good must not look as if it passed."""
+    kind = getattr(errors, mark.get("kind", ""), ResumableError)
+    return errors.InputError if kind is errors.TruncatedError else kind

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,25 @@ class File:
     def remote(self) -> bool:
         """Whether it comes over the network, by its URL."""
         return isinstance(self.path, Url)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Files that lie also elsewhere, on the disks of some machines.
+
+    Parameters
+    ----------
+    hosts : tuple of str
+        Patterns of the names of those machines.
+    folder : Path
+        Where the files lie there, under their own names.
+    files : tuple of str
+        Patterns of the names of those files.
+    """
+
+    hosts: tuple[str, ...]
+    folder: Path
+    files: tuple[str, ...] = ("*",)
 
 
 @dataclass(frozen=True)
@@ -251,6 +271,8 @@ class Source:
         What a user should be told about this file (a rest at the end, an aborted acquisition).
     correction : Correction, optional
         What becomes of every pixel between decoding and computing.
+    copies : tuple of Copy
+        Machines that have files on their own disks, too.
     """
 
     format: str
@@ -265,6 +287,7 @@ class Source:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     correction: Correction | None = None
+    copies: tuple[Copy, ...] = ()
 
     @property
     def raw_dtype(self) -> np.dtype[Any]:

@@ -28,7 +28,7 @@ RETRY_SECONDS = 60.0
 # bodies that are cut short are asked for again here
 ATTEMPTS = 4
 _WAIT_SECONDS = 0.5
-_TIMEOUTS = {"connect_timeout": "10s", "read_timeout": "30s", "timeout": "180s"}
+_TIMEOUTS = {"connect_timeout": "10s", "timeout": "60s"}
 EXAMPLES = {
     "s3": "s3://bucket/folder/scan.mib",
     "gs": "gs://bucket/folder/scan.mib",
