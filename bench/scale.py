@@ -2,9 +2,9 @@
 
     python bench/scale.py --out bench/records/scale.json
 
-All files lie in the page cache. Results are compared, bit for bit, with those of one thread before anything is timed;
-what is compared with each other runs in turns, so that all see the same machine. `scale_model.py` fits a model to the
-record and predicts larger machines.
+All files lie in the page cache. All results are compared, bit for bit, with those of one thread: a wrong one is an
+error, not a number. What is compared with each other runs in turns, so that all see the same machine. `scale_model.py`
+fits a model to the record and predicts larger machines.
 """
 
 from __future__ import annotations
@@ -16,18 +16,31 @@ import os
 import signal
 import statistics
 import tempfile
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cpu
-from scale_runs import Data, analyses, hands, look, resident_nbytes, result_sizes, run, same, tiny_data, tiny_shards
+from scale_runs import (
+    Data,
+    analyses,
+    empty_data,
+    hands,
+    look,
+    map_seconds,
+    resident_nbytes,
+    result_sizes,
+    run,
+    same,
+    tiny_data,
+    tiny_shards,
+)
 
 from gpuem import checkpoint
 from gpuem.backends import cuda_device
 from gpuem.executors import local
 
-SECTIONS = ("scaling", "shards", "kept", "killed")
+SECTIONS = ("scaling", "shards", "maps", "kept", "killed")
 WORKS = ("masks", "strain", "light")
 # frames of tiny shards: results that are small, and results with an image of 512 kB
 TINY_FRAME, LARGE_FRAME = (16, 16), (256, 256)
@@ -35,12 +48,21 @@ TINY_FRAME, LARGE_FRAME = (16, 16), (256, 256)
 SETTLED = 2000
 
 
-def row(what, who, made, times, **more):
-    """A line of the record: what ran where, every single time, the median."""
+class Spent(NamedTuple):
+    """Seconds of a run, and of the processor in this process."""
+
+    seconds: float
+    own: float
+
+
+def row(what, name, count, made, spent, **more):
+    """A line of the record: what ran where, every single time, medians; `own` is processor time of this process."""
+    times, own = ([getattr(one, name) for one in spent] for name in ("seconds", "own"))
     return {
-        "what": what, "by": who.name, "count": who.count, "shards": len(made.plan.shards),
+        "what": what, "by": name, "count": count, "shards": len(made.plan.shards),
         "nbytes": made.source.nbytes, "partial_nbytes": checkpoint.nbytes(made) // len(made.plan.shards),
         "kept": False, **more, "times": times, "seconds": statistics.median(times),
+        "own": statistics.median(own),
     }  # fmt: skip
 
 
@@ -56,34 +78,37 @@ def add(record, found):
 def scaling(record, data, folder, given, counts):
     """Strong scaling: the same data for 1 to n. Weak: n times the data for n."""
     kinds = ("threads", "workers") if given.device == "cpu" else ("workers",)
-    with ExitStack() as stack:
-        crews = {key: stack.enter_context(hands(*key, given.device)) for key in itertools.product(kinds, counts)}
-        record["startup"] += [{"by": c.name, "count": c.count, "seconds": c.startup} for c in crews.values()]
-        for work in given.work or WORKS:
-            whole = data.opened(work, data.parts)
-            resolved = look(whole, analyses(work))
-            sizes = [(whole, n, "strong") for n in counts]
-            sizes += [(data.opened(work, n), n, "weak") for n in counts[:-1]]
-            cases = [(ds, crews[kind, n], how) for kind in kinds for ds, n, how in sizes]
-            _in_turns(record, given.repeats, work, resolved, cases)
-            record["results"][work] = result_sizes(whole, resolved, given.device)
+    works = given.work or WORKS
+    resolved = {work: look(data.opened(work, data.parts), analyses(work)) for work in works}
+    spent: dict[tuple[Any, ...], list[Spent]] = {}
+    jobs, wanted = {}, {}
+    for _ in range(given.repeats):
+        for kind, count in itertools.product(kinds, counts):
+            # workers that wait take processor time too: there are none but those that are timed
+            with hands(kind, count, given.device) as who:
+                for work in works:
+                    for how, done in one_turn(data, work, resolved[work], who, wanted):
+                        key = work, who.name, who.count, how
+                        spent.setdefault(key, []).append(Spent(done.seconds, done.own))
+                        jobs[key] = done.job
+            record["startup"].append({"by": who.name, "count": who.count, "seconds": who.startup})
+    for key in sorted(spent, key=lambda key: (works.index(key[0]), *key[1:])):
+        work, name, count, how = key
+        add(record, row(work, name, count, jobs[key], spent[key], scaling=how))
+    for work in works:
+        record["results"][work] = result_sizes(data.opened(work, data.parts), resolved[work], given.device)
 
 
-def _in_turns(record, repeats, work, resolved, cases):
-    """Time all cases, one after another in every round; the first of each size is what the others are compared with."""
-    wanted: dict[int, Any] = {}
-    for ds, who, _ in cases:
-        found = run(ds, resolved, who).maps
-        same(found, wanted.setdefault(ds.positions, found))
-    times: list[list[float]] = [[] for _ in cases]
-    jobs = {}
-    for _ in range(repeats):
-        for k, (ds, who, _) in enumerate(cases):
-            done = run(ds, resolved, who)
-            times[k].append(done.seconds)
-            jobs[k] = done.job
-    for k, (_, who, how) in enumerate(cases):
-        add(record, row(work, who, jobs[k], times[k], scaling=how))
+def one_turn(data, work, resolved, who, wanted):
+    """Yield a run on all data, and one on the share of so many workers, both checked."""
+    # loads kernels
+    run(data.opened(work, 1), resolved, who)
+    for parts, how in ((data.parts, "strong"), (who.count, "weak")):
+        if how == "strong" or parts < data.parts:
+            done = run(data.opened(work, parts), resolved, who)
+            # the first one ran on one thread
+            same(done.maps, wanted.setdefault((work, parts), done.maps))
+            yield how, done
 
 
 def shards(record, data, folder, given, counts):
@@ -96,7 +121,7 @@ def shards(record, data, folder, given, counts):
             # tasks are made larger when it is known how quick shards are
             same(run(ds, resolved, workers).maps, wanted)
             cases = [(one, False), (workers, False), (workers, True)]
-            times: list[list[float]] = [[] for _ in cases]
+            times: list[list[Spent]] = [[] for _ in cases]
             memory: list[dict[str, int]] = [{} for _ in cases]
             for k in list(range(len(cases))) * given.repeats:
                 who, kept = cases[k]
@@ -105,11 +130,15 @@ def shards(record, data, folder, given, counts):
                 if len(done.job.plan.shards) != number:
                     raise AssertionError(f"{len(done.job.plan.shards)} shards, {number} wanted")
                 same(done.maps, wanted)
-                times[k].append(done.seconds)
+                times[k].append(Spent(done.seconds, done.own))
                 memory[k] = watch.seen
+            if frame == LARGE_FRAME:
+                record["results"]["tiny"] = result_sizes(ds, resolved, "cpu")
             for (who, kept), spent, seen in zip(cases, times, memory, strict=True):
                 # all runs had the same cuts
-                found = row("tiny", who, done.job, spent, kept=kept, frame=list(frame), client_memory=seen)
+                found = row(
+                    "tiny", who.name, who.count, done.job, spent, kept=kept, frame=list(frame), client_memory=seen
+                )
                 add(record, {**found, "ms_per_shard": 1e3 * found["seconds"] / number})
 
 
@@ -128,17 +157,26 @@ class Watch:
             self.seen[str(self._done)] = resident_nbytes()
 
 
+def maps(record, data, folder, given, counts):
+    """What the client does once per run, by itself: from sums to maps on the disk."""
+    ds = empty_data(folder / "empty.raw", given.side, TINY_FRAME)
+    resolved = look(ds, analyses("tiny"))
+    found = [map_seconds(ds, resolved, folder) for _ in range(given.repeats)]
+    spent = [Spent(seconds, seconds) for _, seconds in found]
+    add(record, row("maps", "threads", 1, found[0][0], spent, positions=ds.positions))
+
+
 def kept(record, data, folder, given, counts):
     """What keeping finished shards costs a run of ordinary shards: with and without, in turns."""
     with _warm(data, given, counts) as (ds, resolved, wanted, who):
-        times: tuple[list[float], list[float]] = ([], [])
+        times: tuple[list[Spent], list[Spent]] = ([], [])
         for _ in range(given.repeats):
             for k, path in enumerate((None, folder / "kept.run")):
                 done = run(ds, resolved, who, path)
                 same(done.maps, wanted)
-                times[k].append(done.seconds)
+                times[k].append(Spent(done.seconds, done.own))
         for k, spent in enumerate(times):
-            add(record, row("masks", who, done.job, spent, kept=bool(k), section="kept"))
+            add(record, row("masks", who.name, who.count, done.job, spent, kept=bool(k), section="kept"))
 
 
 def killed(record, data, folder, given, counts):
@@ -147,7 +185,7 @@ def killed(record, data, folder, given, counts):
         record["skipped"]["killed"] = "needs two workers"
         return
     with _warm(data, given, counts) as (ds, resolved, wanted, who):
-        times: tuple[list[float], list[float]] = ([], [])
+        times: tuple[list[Spent], list[Spent]] = ([], [])
         again = []
         for _ in range(given.repeats):
             calm = run(ds, resolved, who, folder / "calm.run")
@@ -157,13 +195,13 @@ def killed(record, data, folder, given, counts):
             kill = Kill(folder / "killed.run", len(calm.job.plan.shards))
             done = run(ds, resolved, who, folder / "killed.run", kill)
             same(done.maps, wanted)
-            times[0].append(calm.seconds)
-            times[1].append(done.seconds)
+            times[0].append(Spent(calm.seconds, calm.own))
+            times[1].append(Spent(done.seconds, done.own))
             again.append(shards_again(folder / "killed.run"))
             # a run begins when a worker has taken its place, which then loads its kernels
             run(ds, resolved, who)
-        add(record, row("masks", who, done.job, times[0], kept=True, section="calm"))
-        add(record, row("masks", who, done.job, times[1], kept=True, section="killed", again=again))
+        add(record, row("masks", who.name, who.count, done.job, times[0], kept=True, section="calm"))
+        add(record, row("masks", who.name, who.count, done.job, times[1], kept=True, section="killed", again=again))
 
 
 def shards_again(folder):
@@ -256,7 +294,7 @@ def measure(given):
         "arguments": {key: value for key, value in vars(given).items() if key not in ("out", "folder")},
         "runs": [], "startup": [], "results": {}, "skipped": {},
     }  # fmt: skip
-    named = {"scaling": scaling, "shards": shards, "kept": kept, "killed": killed}
+    named = {"scaling": scaling, "shards": shards, "maps": maps, "kept": kept, "killed": killed}
     with tempfile.TemporaryDirectory(dir=given.folder) as made:
         data = Data(Path(made), counts[-1], given.frames, given.patterns)
         for name in given.only or SECTIONS:
@@ -279,8 +317,9 @@ def gpus():
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=65536, help="of 256x256 uint16, 128 KiB each")
-    parser.add_argument("--patterns", type=int, default=6144, help="of the data for strain")
+    parser.add_argument("--patterns", type=int, default=16384, help="of the data for strain")
     parser.add_argument("--shards", type=int, default=10_000, help="tiny ones")
+    parser.add_argument("--side", type=int, default=1000, help="of the square of scan positions whose maps are made")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda: one worker per GPU")
     parser.add_argument("--work", choices=WORKS, action="append", help="some of scaling only")
@@ -290,7 +329,7 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
     if given.quick:
-        given.frames, given.patterns, given.shards, given.repeats = 1024, 256, 100, 1
+        given.frames, given.patterns, given.shards, given.side, given.repeats = 1024, 256, 100, 50, 1
     record = measure(given)
     for one in record["targets"]:
         print(f"{one['what']:70} from {one['from']} to {one['to']}: {one['found']}, met: {one['met']}")

@@ -16,6 +16,7 @@ import numpy as np
 import gpuem
 from gpuem import checkpoint, engine, executors, job, keeping, recipe, synthetic, tiles
 from gpuem.executors.dispatch import no_report
+from gpuem.results import Results
 from gpuem.run_folder import RunFolder
 
 # cuts of one frame each: what is timed then is handing them out
@@ -39,9 +40,10 @@ class Hands:
 
 @dataclass
 class Timed:
-    """One run."""
+    """One run: by the clock, and processor time of this process, the client."""
 
     seconds: float
+    own: float
     maps: dict[str, np.ndarray]
     job: engine.Job
 
@@ -127,7 +129,7 @@ def look(ds, chosen):
 
 def run(ds, resolved, who, folder=None, progress: Callable[[int], None] | None = None):
     """One run, from the plan to the maps; finished shards are kept if there is a folder."""
-    started = time.perf_counter()
+    started, own = time.perf_counter(), time.process_time()
     made = who.crew.settle(job.prepare(ds, resolved, who.options))
     if folder is None:
         with closing(who.crew.run(made, range(len(made.plan.shards)), no_report)) as partials:
@@ -138,8 +140,8 @@ def run(ds, resolved, who, folder=None, progress: Callable[[int], None] | None =
             kept.describe(ds.source.frame_nbytes, made, {})
             totals = keeping.run(made, who.crew, kept, progress)
     maps = job.finish(job.view_of(ds), resolved, made, totals)
-    seconds = time.perf_counter() - started
-    return Timed(seconds, {name: np.asarray(item.data) for name, item in maps.items()}, made)
+    seconds, own = time.perf_counter() - started, time.process_time() - own
+    return Timed(seconds, own, {name: np.asarray(item.data) for name, item in maps.items()}, made)
 
 
 def same(found, wanted):
@@ -165,6 +167,25 @@ def tiny_shards(folder: Path) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(tiles, name, value)
+
+
+def map_seconds(ds, resolved, folder):
+    """Seconds from the sums of all shards to the result on disk; the sums are random numbers."""
+    made = job.prepare(ds, resolved, recipe.run_section(device="cpu"))
+    totals = engine.combine(made, ())
+    totals.valid[:] = True
+    for array in (totals.sums.masks, totals.sums.moments, totals.sums.total):
+        array[:] = np.random.default_rng(3).integers(1, 1000, array.shape)
+    started = time.perf_counter()
+    Results(job.finish(job.view_of(ds), resolved, made, totals), {}).save(folder / "maps.zarr", overwrite=True)
+    return made, time.perf_counter() - started
+
+
+def empty_data(path, side, frame):
+    """A data set of side x side frames of zeros that takes no room."""
+    path.touch()
+    os.truncate(path, side * side * 2 * frame[0] * frame[1])
+    return gpuem.open(path, scan=(side, side), frame=frame, dtype="uint16")
 
 
 def result_sizes(ds, resolved, device):

@@ -20,7 +20,6 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,8 @@ from gpuem.errors import OutputError
 
 Array = NDArray[Any]
 Bytes = bytes | memoryview
+# stretches of rows; and how many times the rows themselves may be read and written for the sake of fewer calls
+MANY = 16
 _NOTHING = np.empty(0, np.int64)
 
 
@@ -201,15 +202,27 @@ class Store:
         if not rows.size:
             return
         start, width = len(self._headers[name][0]), rows[0].nbytes
-        for first, last in _stretches(positions):
-            _write(self._files[f"{name}.npy"], _bytes(rows[first:last]), start + int(positions[first]) * width)
+        file, stretches = self._files[f"{name}.npy"], _stretches(positions)
+        if _close_together(positions, len(stretches)):
+            # one call for all; between them nothing changes
+            low = int(positions.min())
+            around = _from(file, start + low * width, (int(positions.max()) + 1 - low, *rows.shape[1:]), rows.dtype)
+            around[positions - low] = rows
+            _write(file, _bytes(around), start + low * width)
+            return
+        for first, last in stretches:
+            _write(file, _bytes(rows[first:last]), start + int(positions[first]) * width)
 
     def _read_rows(self, name: str, positions: NDArray[np.int64]) -> Array:
         shape, dtype = self._rows[name]
         out = np.empty((positions.size, *shape), dtype)
         if out.size:
-            start, file = len(self._headers[name][0]), self._open(f"{name}.npy")
-            for first, last in _stretches(positions):
+            start, file, stretches = len(self._headers[name][0]), self._open(f"{name}.npy"), _stretches(positions)
+            if _close_together(positions, len(stretches)):
+                low = int(positions.min())
+                at, count = start + low * out[0].nbytes, int(positions.max()) + 1 - low
+                return np.asarray(_from(file, at, (count, *shape), dtype)[positions - low])
+            for first, last in stretches:
                 at = start + int(positions[first]) * out[0].nbytes
                 out[first:last] = _from(file, at, out[first:last].shape, dtype)
         return out
@@ -287,7 +300,12 @@ def _bytes(array: Array) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
-def _stretches(positions: NDArray[np.int64]) -> Iterable[tuple[int, int]]:
+def _close_together(positions: NDArray[np.int64], stretches: int) -> bool:
+    """Whether there are so many stretches of rows that one call for all and what lies between them is quicker."""
+    return stretches > MANY and int(np.ptp(positions)) <= MANY * positions.size
+
+
+def _stretches(positions: NDArray[np.int64]) -> list[tuple[int, int]]:
     """First and end row of positions that follow one another."""
     cuts = np.flatnonzero(np.diff(positions) != 1) + 1
     ends = [0, *cuts.tolist(), positions.size]

@@ -305,7 +305,7 @@ def _run(recipe: Path, **options: Any) -> tuple[Results, Path]:
     try:
         found, where = run(recipe, watch=Progress, **options)
     except KeyboardInterrupt:
-        err.print("stopped before the first frame was computed; run it again")
+        err.print("stopped; run it again with --resume")
         raise typer.Exit(RESUMABLE) from None
     # as it was run, not as the file may read by now
     asked = tomllib.loads(found.provenance["recipe"])
@@ -315,7 +315,8 @@ def _run(recipe: Path, **options: Any) -> tuple[Results, Path]:
 
 
 def _stop(number: int, frame: object) -> None:
-    # schedulers send it before the time limit
+    # schedulers send it before the time limit, perhaps twice: what is being saved then is saved
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt("stopped by SIGTERM")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import threading
@@ -142,7 +143,9 @@ def run_shard(job: Job, index: int, *, last_try: bool = False) -> Partial:
     extents = _extents(job.source, piece, tile, shard)
     # with a region of interest, only what is touched is read
     for extent in extents if job.wanted.all() else ():
-        job.files.will_need(*extent)
+        # advice: who reads finds out what is wrong
+        with contextlib.suppress(ReadError):
+            job.files.will_need(*extent)
     for box in tiles.boxes(piece, tile, shard):
         if job.stop.is_set():
             raise StoppedError

@@ -216,8 +216,9 @@ def run_asked(
 ) -> tuple[Results, Path]:
     """`run_recipe`, once the recipe is read, and is of one data set."""
     output, folder = asked.output.path, run_folder.beside(asked.output.path)
-    if not resume:
+    if not (resume and results.is_result(output)):
         results.check_writable(output, overwrite=overwrite)
+    if not resume:
         run_folder.refuse_unfinished(folder, overwrite=overwrite)
     ds = open_input(asked)
     wanted = region(ds.scan_shape, asked.input.roi)
@@ -227,6 +228,10 @@ def run_asked(
             output, found.provenance.get("identity", {}), identity.of_data(ds, asked.analysis, wanted, version())
         )
         log.info("%s: finished already", output)
+        if run_folder.finished_shards(folder):
+            # the run before ended between saving its result and removing what it had kept
+            with RunFolder(folder, rank=None) as kept:
+                kept.finish()
         return found, output
     about = {"recipe": text, "output": str(output)}
     with (
@@ -236,9 +241,10 @@ def run_asked(
     ):
         found = _run(ds, asked.analysis, asked.run, asked.input.roi, progress, hands, kept, resume)
         found.provenance["recipe"] = text
-        saved = found.save(output, overwrite=overwrite)
-        kept.finish()
-    return found, saved
+        with keeping.saving(kept, output):
+            found.save(output, overwrite=overwrite)
+            kept.finish()
+    return found, output
 
 
 def open_input(asked: recipe.Recipe) -> Dataset:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 from gpuem.checkpoint import Store
 from gpuem.engine import Job, Partial, Totals, combine
-from gpuem.errors import DeviceError, ResumableError
+from gpuem.errors import DeviceError, OutputError, ResumableError
 from gpuem.executors import Crew
 from gpuem.run_folder import RunFolder
 
@@ -120,6 +121,20 @@ def resumable(folder: RunFolder, job: Job, store: Store) -> Iterator[None]:
         except OSError as error:
             # what didn't reach the disk has no valid checksum
             folder.report("error", why=f"{store.folder}: {error.strerror}")
+
+
+@contextmanager
+def saving(folder: RunFolder, output: Path) -> Iterator[None]:
+    """Whatever keeps a result from being saved: its shards are all finished and kept."""
+    try:
+        yield
+    except (KeyboardInterrupt, OutputError, OSError, MemoryError) as error:
+        why = _why(error)
+        folder.report("stop", why=f"{output} is not saved: {why}")
+        raise ResumableError(
+            f"{why}. All shards are finished and kept in {folder.path}; to save the result: the same command with "
+            "--resume"
+        ) from error
 
 
 def report_shard(folder: RunFolder, job: Job, partial: Partial) -> None:

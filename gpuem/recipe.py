@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from difflib import get_close_matches
 from pathlib import Path
@@ -33,6 +34,8 @@ KINDS: dict[str, type[BaseModel]] = {
 
 # names that have a meaning of their own in a result
 RESERVED = ("valid", "zarr.json", "scan_y", "scan_x", "detector_y", "detector_x", "term", "component", "peak")
+# of a scheduler: tcp://host:port, or without the first part
+_ADDRESS = re.compile(r"[\w+.-]+://.*|[\w.-]+:\d+|\[[0-9a-fA-F:]+\]:\d+")
 # in [output] path, what stands for the name of a data set
 NAME = "{name}"
 
@@ -246,6 +249,8 @@ def _changed(
     scheduler: str | None = None,
 ) -> dict[str, Any]:
     """A recipe with what the command line says otherwise."""
+    # a file counts from the current folder here
+    scheduler = None if scheduler is None else _located(scheduler, Path.cwd())
     run = {key: value for key, value in (("workers", workers), ("scheduler", scheduler)) if value is not None}
     if run and isinstance(raw.get("run", {}), dict):
         kept = {key: value for key, value in raw.get("run", {}).items() if key not in ("workers", "scheduler")}
@@ -319,14 +324,21 @@ def _absolute(recipe: Recipe, folder: Path) -> Recipe:
         a.model_copy(update={name: fix(value) for name, value in a if isinstance(value, Path)}) for a in recipe.analysis
     ]
     correction = {name: fix(value) if isinstance(value, Path) else value for name, value in recipe.correction}
+    scheduler = None if recipe.run.scheduler is None else _located(recipe.run.scheduler, folder)
     return recipe.model_copy(
         update={
             "input": data.model_copy(update={"path": paths, "each": each, "roi": roi}),
             "correction": Correction(**correction),
+            "run": recipe.run.model_copy(update={"scheduler": scheduler}),
             "analysis": analyses,
             "output": recipe.output.model_copy(update={"path": fix(recipe.output.path)}),
         }
     )
+
+
+def _located(scheduler: str, folder: Path) -> str:
+    """A scheduler by its address, or by its file, whose path is then whole."""
+    return scheduler if _ADDRESS.fullmatch(scheduler) else str(folder / Path(scheduler).expanduser())
 
 
 def _found(recipe: Recipe) -> Recipe:

@@ -27,7 +27,7 @@ SHARD_NBYTES = 64 << 20
 # so many keep the last one to end from mattering, where shards don't become too small by it
 BALANCED_SHARDS = 128
 # frames of a shard at least: its images over frames must be small beside the frames they are made of
-LEAST_FRAMES = 32
+LEAST_FRAMES = 64
 # data that is in a GPU's memory is computed with as it is: few large launches
 RESIDENT_NBYTES = 2 << 30
 # 10 TB still make a manageable number of shards

@@ -60,8 +60,10 @@ def happen(folder: Path, shard: int) -> None:
         kind = rule["kind"]
         if kind == "kill":
             os.kill(os.getpid(), 9)
+        while kind == "hang" and path.exists():
+            time.sleep(0.05)
         if kind == "hang":
-            time.sleep(3600)
+            continue
         if kind == "strange":
             # it can't be pickled
             raise type("StrangeError", (Exception,), {})("strange")
@@ -104,7 +106,15 @@ def install() -> None:
         local.run_shard = run_shard
 
 
-if os.environ.get(FOLDER):
+def uninstall() -> None:
+    """Faults no more."""
+    from gpuem import engine
+
+    engine.run_shard = sys.modules["gpuem.executors.local"].run_shard = engine.undisturbed
+    del engine.undisturbed
+
+
+if os.environ.get(FOLDER) and "pytest" not in sys.modules:
     install()
 
 if __name__ == "__main__":

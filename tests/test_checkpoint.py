@@ -143,6 +143,25 @@ def test_numpy_opens_the_maps(tmp_path):
     assert np.load(tmp_path / "store" / "moments.npy").dtype == np.int64
 
 
+@pytest.mark.parametrize("many", [0, 3, 16, 10**6])
+@pytest.mark.parametrize("scene", ["region", "boxes", "floats"])
+def test_rows_that_lie_apart_leave_those_between_them_alone(tmp_path, monkeypatch, scene, many):
+    monkeypatch.setattr(checkpoint, "MANY", many)
+    made = SCENES[scene](tmp_path)
+    partials = {partial.shard: partial for partial in local.run(made)}
+    store = Store(tmp_path / "store", made)
+    store.begin()
+    for shard in sorted(partials, key=lambda k: (k * 7) % len(partials)):
+        store.write(partials[shard])
+    store.close()
+    for other in (many, 16):
+        monkeypatch.setattr(checkpoint, "MANY", other)
+        store = opened(tmp_path / "store", made)
+        assert store.verify() == []
+        for shard, partial in partials.items():
+            assert_equal(store.read(shard), partial)
+
+
 def test_a_store_is_written_on_after_it_was_read(tmp_path):
     """As every resumed run does."""
     made = SCENES["ints"](tmp_path)

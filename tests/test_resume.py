@@ -26,6 +26,8 @@ SHARD = 8 * 6 * 7 * 2
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     shrink(monkeypatch, SHARD)
+    # nobody cuts the power
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def test_stopped_after_any_number_of_shards(tmp_path, begun, name):
     expected = gpuem.run(ds, chosen(), device="cpu", threads=2, **options)
     count = len(set(begun))
     assert count >= 10
-    for k in range(1, count + 1):
+    for k in range(1, count + 1, 1 if name in ("ints", "floats") else 4):
         folder = tmp_path / f"run{k}"
         begun.clear()
         with pytest.raises(errors.ResumableError, match=f"stopped by Ctrl-C. {k} of {count} shards are finished"):
@@ -77,9 +79,8 @@ def test_stopped_after_any_number_of_shards(tmp_path, begun, name):
         assert [event["done"] for event in events(folder, "start")] == [0, k]
 
 
-@pytest.mark.parametrize("name", ["floats", "boxes"])
-def test_stopped_after_every_single_shard(tmp_path, name):
-    ds, options = scene(name, tmp_path)
+def test_stopped_after_every_single_shard(tmp_path):
+    ds, options = scene("floats", tmp_path)
     expected = gpuem.run(ds, chosen(), device="cpu", threads=3, **options)
     threads = 1
     for resume in (False, *[True] * 100):
@@ -250,7 +251,7 @@ def half_recipe(tmp_path, **changes):
 
 def test_a_recipe_goes_on_and_leaves_only_its_log(tmp_path):
     path = half_recipe(tmp_path)
-    with pytest.raises(errors.OutputError, match="5 shards of an unfinished run .* --resume goes on .* --overwrite"):
+    with pytest.raises(errors.OutputError, match=r"5 shards of an unfinished run .* --resume goes on .* --overwrite"):
         gpuem.run_recipe(path)
     assert killing.kept(tmp_path / "recipe.run") == 5
     found, where = gpuem.run_recipe(path, resume=True)
@@ -305,11 +306,11 @@ def test_a_result_that_can_not_be_saved_is_not_lost(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(results, "_write", full)
-        with pytest.raises(errors.OutputError, match="the disk is full"):
+        with pytest.raises(errors.ResumableError, match="the disk is full.*All shards are finished.*--resume"):
             gpuem.run_recipe(path)
     assert killing.kept(tmp_path / "recipe.run") == 12
     last = events(tmp_path / "recipe.run")[-1]
-    assert last["event"] == "error"
+    assert last["event"] == "stop"
     assert "disk is full" in last["why"]
     found, _ = gpuem.run_recipe(path, resume=True)
     assert set(runs_of_shards(tmp_path / "recipe.run").values()) == {1}
@@ -336,7 +337,7 @@ def test_the_folder_says_that_somebody_is_alive(tmp_path, monkeypatch):
 
 def data_and_truth(tmp_path):
     """A file of 48 shards of float pixels, and its undisturbed result."""
-    frames = np.random.default_rng(5).lognormal(0, 5, (48, 8, 6, 7)).astype("f4")
+    frames = np.random.default_rng(5).lognormal(0, 5, (24, 8, 6, 7)).astype("f4")
     np.save(tmp_path / "data.npy", frames)
     truth, _ = gpuem.run_recipe(killing.write_recipe(tmp_path, "data.npy", "truth"))
     return killing.write_recipe(tmp_path, "data.npy"), truth
@@ -348,16 +349,15 @@ def kill_at_random(tmp_path, kills, seed):
     path, truth = data_and_truth(tmp_path)
     folder, begun = tmp_path / "recipe.run", tmp_path / "begun"
     for _ in range(kills):
-        process = killing.start(path, "--resume", shard=2 * SHARD, slow=0.03, begun=begun)
+        process = killing.start(path, "--resume", slow=0.03, begun=begun)
         before = killing.kept(folder)
         if rng.random() < 0.7:
             # in the middle; else anywhere, also while it starts
-            grown = before + rng.randint(0, 4)
-            killing.wait_for(lambda grown=grown: killing.kept(folder) > grown or not alive(process), process)
+            killing.wait_for(lambda: killing.kept(folder) > before, process)  # noqa: B023
         time.sleep(rng.uniform(0, 0.15) if killing.kept(folder) > before else rng.uniform(0, 2.0))
         process.kill()
         process.communicate()
-    process = killing.start(path, "--resume", shard=2 * SHARD, begun=begun)
+    process = killing.start(path, "--resume", begun=begun)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert_same(gpuem.load_results(tmp_path / "recipe.zarr"), truth)
@@ -378,16 +378,15 @@ def test_killed_eight_times(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(2, 5))
-def test_killed_twenty_times(tmp_path, seed):
-    kill_at_random(tmp_path, 20, seed)
+def test_killed_twenty_times(tmp_path):
+    kill_at_random(tmp_path, 20, seed=2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_a_run_that_can_go_on(tmp_path, number):
     path, truth = data_and_truth(tmp_path)
     folder = tmp_path / "recipe.run"
-    process = killing.start(path, shard=2 * SHARD, slow=0.03)
+    process = killing.start(path, slow=0.03)
     killing.wait_for(lambda: killing.kept(folder) > 3, process)
     process.send_signal(number)
     _, err = process.communicate(timeout=100)
@@ -401,7 +400,7 @@ def test_signals_end_a_run_that_can_go_on(tmp_path, number):
     assert name in last["why"]
     assert last["done"] == killing.kept(folder)
     assert not (folder / "alive").exists()
-    process = killing.start(path, "--resume", shard=2 * SHARD)
+    process = killing.start(path, "--resume")
     _, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     assert_same(gpuem.load_results(tmp_path / "recipe.zarr"), truth)
@@ -411,7 +410,7 @@ def test_signals_end_a_run_that_can_go_on(tmp_path, number):
 def test_a_second_process_is_told_who_works_there(tmp_path):
     path, _ = data_and_truth(tmp_path)
     folder = tmp_path / "recipe.run"
-    process = killing.start(path, shard=2 * SHARD, slow=0.05)
+    process = killing.start(path, slow=0.05)
     try:
         killing.wait_for(lambda: killing.kept(folder) > 1, process)
         with pytest.raises(errors.OutputError, match=f"process {process.pid} on"):

@@ -84,8 +84,8 @@ class DaskCrew:
             wanted = self.options.workers if isinstance(self.options.workers, int) else 1
             self.line.wait_for_workers(wanted, max(self.options.patience, LEAST_PATIENCE))
             self.line.refuse_strangers()
-            hands = Hands(self._run, dask_shards.pack(job, self.options))
-            self.line.register(hands)
+            parcel = dask_shards.pack(job, self.options)
+            self.line.register(Hands(self._run, parcel, own=self.options.scheduler is None))
             self._look()
             answers = self._answers()
             refuse_unfit(answers, self.options.device)
@@ -95,7 +95,7 @@ class DaskCrew:
             self._forget()
             raise
         job.facts.update(device=answers[0].device, workers=len(answers), **answers[0].facts)
-        return replace(job, plan=replace(job.plan, shards=shards, tiles=tiles))
+        return replace(job, plan=replace(job.plan, shards=shards, tiles=tiles, threads=self.workers(job)))
 
     def run(self, job: Job, shards: Iterable[int], report: Report) -> Generator[Partial]:
         """Run shards on the workers, yield their results as they end.

@@ -24,6 +24,8 @@ from gpuem.executors.dispatch import Task
 WAITING = 1
 # the scheduler answers within so many seconds, or is lost
 ANSWER = 30.0
+# workers have so many seconds to let go of a job, before nobody waits for them
+FAREWELL = 3.0
 # workers may be away for the patience, but at least for so many seconds: they are started again
 LEAST_PATIENCE = 10.0
 # what Dask raises where a scheduler or its connection is gone
@@ -130,7 +132,7 @@ class Line:
             await self.client.unregister_worker_plugin(run)
             await self.client.unregister_scheduler_plugin(f"{run}-farewell")
 
-        self.answer(both, LEAST_PATIENCE)
+        self.answer(both, FAREWELL)
 
     def answer(self, question: Callable[[], Awaitable[Any]], longest: float = ANSWER) -> Any:
         """What the scheduler answers.
@@ -155,13 +157,13 @@ class Line:
         return asyncio.run_coroutine_threadsafe(coroutine, self.client.loop.asyncio_loop)
 
     def drained(self, longest: float) -> Iterator[Ended]:
-        """All that ended by now; waits for the first."""
+        """All that ended by now; waits for the first. What ends meanwhile is for the next time."""
         try:
             yield self._ended.get(timeout=longest)
-            while True:
-                yield self._ended.get_nowait()
         except queue.Empty:
             return
+        for _ in range(self._ended.qsize()):
+            yield self._ended.get_nowait()
 
     def cancel(self, *workers: Worker) -> None:
         """Take back what is under way; nobody waits for that."""

@@ -7,6 +7,7 @@ import os
 import pickle
 import platform
 import queue
+import signal
 import threading
 import traceback
 from collections.abc import Iterator
@@ -129,14 +130,19 @@ class Hands(WorkerPlugin):
         Name of the run.
     parcel : bytes
         What `pack` made; it is unpacked when the worker is asked for its plan.
+    own : bool
+        Whether workers were started for this run alone, by the process that sends them the job.
     """
 
-    def __init__(self, run: str, parcel: bytes) -> None:
-        self.run, self.parcel = run, parcel
+    def __init__(self, run: str, parcel: bytes, *, own: bool = False) -> None:
+        self.run, self.parcel, self.own = run, parcel, own
 
     def setup(self, worker: Worker) -> None:
         """Take the job."""
         self._who = who(worker)
+        if self.own and worker.nanny and threading.current_thread() is threading.main_thread():
+            # a terminal sends Ctrl-C to all; who started them ends them
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._job: Job | None = None
         self._session: Any = None
         self._open = ExitStack()

@@ -32,9 +32,14 @@ SETTINGS: dict[str, Any] = {
     "distributed.scheduler.allowed-failures": 100,
     "distributed.scheduler.work-stealing": False,
     "distributed.admin.tick.limit": "60s",
+    # looking on costs a few percent of a processor
+    "distributed.admin.system-monitor.interval": "10s",
+    "distributed.worker.profile.enabled": False,
 }
 # a scheduler has at least so many seconds to answer
 LEAST_PATIENCE = 5.0
+# and after so many its file is looked at again
+ATTEMPT = 10.0
 # workers have so many seconds to end by themselves
 CLOSING = 5.0
 _QUIET: dict[str, Any] = {
@@ -59,6 +64,7 @@ def crew(options: Run) -> Iterator[DaskCrew]:
     """
     with ExitStack() as stack:
         stack.enter_context(dask.config.set(SETTINGS))
+        stack.enter_context(_silent("distributed.client"))
         if options.scheduler is not None:
             client = _connect(options.scheduler, options.patience)
         else:
@@ -68,27 +74,34 @@ def crew(options: Run) -> Iterator[DaskCrew]:
         yield DaskCrew(client, options)
 
 
+@contextmanager
+def _silent(logger: str) -> Iterator[None]:
+    """What it warns of is dealt with here, and told in other words."""
+    found = logging.getLogger(logger)
+    before = found.level
+    found.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        found.setLevel(before)
+
+
 def _connect(scheduler: str, patience: float) -> Client:
     """The connection to a scheduler, which may come up a little later than this."""
-    until = time.monotonic() + patience
+    until, why = time.monotonic() + patience, "no such file, or none of a scheduler"
     while True:
+        # asked again and again: a file of another time may name a scheduler that is gone
         address = _address(scheduler)
-        try:
-            if address is not None:
-                left = max(until - time.monotonic(), LEAST_PATIENCE)
+        if address is not None:
+            left = min(max(until - time.monotonic(), LEAST_PATIENCE), ATTEMPT)
+            try:
                 return Client(address, timeout=left, set_as_default=False)
-        except (OSError, TimeoutError, RuntimeError) as error:
-            # a file of another time may name a scheduler that is gone
-            if _address(scheduler) == address:
-                raise ResumableError(f"scheduler {scheduler}: {address} doesn't answer: {_reason(error)}") from error
-            continue
-        except ValueError as error:
-            raise RecipeError(f"scheduler {scheduler!r}: not an address of a Dask scheduler: {error}") from error
+            except (OSError, TimeoutError, RuntimeError) as error:
+                why = f"{address} doesn't answer ({_reason(error)})"
+            except ValueError as error:
+                raise RecipeError(f"scheduler {scheduler!r}: not an address of a Dask scheduler: {error}") from error
         if time.monotonic() > until:
-            raise ResumableError(
-                f"scheduler {scheduler}: no such file, or none of a scheduler, for {patience:.0f} s (patience); is it "
-                "running?"
-            )
+            raise ResumableError(f"scheduler {scheduler}: {why}, for {patience:.0f} s (patience); is it running?")
         time.sleep(0.2)
 
 
@@ -150,7 +163,10 @@ def _on_gpus(options: Run) -> LocalCluster:
         ) from error
     count = None if options.workers == "all" else options.workers
     try:
-        return LocalCUDACluster(n_workers=count, threads_per_worker=1, device_memory_limit=None, **_QUIET)
+        # with any limit to memory dask-cuda would spill
+        return LocalCUDACluster(
+            n_workers=count, threads_per_worker=1, device_memory_limit=None, memory_limit=None, **_QUIET
+        )
     except ValueError as error:
         raise DeviceError(f"[run] workers = {options.workers!r}: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import sys
@@ -89,7 +90,9 @@ def _on_threads(job: Job, dispatch: Dispatch) -> Generator[Partial]:
                 hung = dispatch.hung(time.monotonic())
             if not any(thread.is_alive() and thread.name not in hung for thread in threads):
                 break
-            time.sleep(0.005)
+            # who waits for room to hand over a shard is let go
+            with contextlib.suppress(queue.Empty):
+                outcomes.get(timeout=0.005)
 
 
 def _refuse_stuck(threads: list[threading.Thread], stuck: dict[int, tuple[FrameType, float]], patience: float) -> None:

@@ -11,6 +11,7 @@ import mmap
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -196,9 +197,10 @@ class _Descriptor:
     def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        # at the end of the process modules are gone before the last of these
         if hasattr(self, "number"):
-            os.close(self.number)
+            close(self.number)
 
 
 def _unopened(path: Place, error: OSError) -> GpuemError:
