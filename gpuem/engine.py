@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import threading
@@ -127,7 +126,7 @@ def run_shard(job: Job, index: int, *, last_try: bool = False) -> Partial:
     Raises
     ------
     ReadError
-        Bytes don't come, and it is not the last try.
+        Bytes don't come, and it is not the last try, or not one frame can be read.
     DataError
         A frame can't be read or holds NaN, and `on_error` is "stop".
     """
@@ -143,9 +142,7 @@ def run_shard(job: Job, index: int, *, last_try: bool = False) -> Partial:
     extents = _extents(job.source, piece, tile, shard)
     # with a region of interest, only what is touched is read
     for extent in extents if job.wanted.all() else ():
-        # advice: who reads finds out what is wrong
-        with contextlib.suppress(ReadError):
-            job.files.will_need(*extent)
+        job.files.will_need(*extent)
     for box in tiles.boxes(piece, tile, shard):
         if job.stop.is_set():
             raise StoppedError
@@ -170,6 +167,9 @@ def run_shard(job: Job, index: int, *, last_try: bool = False) -> Partial:
     if job.give_back and isinstance(piece.layout, Runs):
         for extent in extents:
             job.files.release(*extent)
+    if done == 0 and lost and all(item.reading for item in lost):
+        # that is no bad spot of a disk: storage is away, and comes back perhaps
+        raise ReadError(f"not one frame of shard {index} can be read: {lost[0].message}")
     seconds["read"] = job.files.read_seconds() - before
     seconds["decode"] = max(seconds["decode"] - seconds["read"], 0.0)
     found = filled(job.backend.fetch(sums), done)

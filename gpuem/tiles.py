@@ -314,7 +314,8 @@ def _read_nbytes(piece: Piece, frames: int, source: Source) -> int:
         each = max(read_distance(layout.frame_bytes, stride), least) + (
             0 if _plain(piece, source, stride) else source.frame_nbytes
         )
-        most = max(most, min(read_frames(piece, source, stride), frames) * each + 64)
+        # each of two arrays is rounded up to cache lines
+        most = max(most, min(read_frames(piece, source, stride), frames) * each + 128)
     # from a GPU they come by way of another array
     return 2 * most if isinstance(piece.layout, Resident) else most
 
