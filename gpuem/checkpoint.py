@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import zlib
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,30 +102,42 @@ class Store:
                 continue
 
     def verify(self) -> list[int]:
-        """Drop shards whose checksum doesn't fit; returns them."""
+        """Drop shards whose checksum doesn't fit, or whose group isn't whole; returns them."""
         damaged = []
         for shard in sorted(self.finished):
             try:
                 fits = _checksum(self.finished[shard], self.read(shard)) == self.finished[shard]["check"]
             except (OSError, ValueError, LookupError, TypeError, ArithmeticError):
                 fits = False
-            if not fits:
+            if not fits or any(member not in self.finished for member in self.finished[shard].get("group", ())):
                 damaged.append(shard)
-                del self.finished[shard]
-        return damaged
+        return self.forget(damaged)
+
+    def forget(self, shards: Iterable[int]) -> list[int]:
+        """Take shards for unfinished, and all whose images were added up with theirs; returns them."""
+        gone = {member for shard in shards for member in (shard, *self.finished[shard].get("group", ()))}
+        for shard in gone:
+            self.finished.pop(shard, None)
+        return sorted(gone)
 
     def broken(self) -> list[int]:
         """Finished shards in which broken frames were masked."""
         return [shard for shard, record in self.finished.items() if any(broken for _, _, broken, _ in record["lost"])]
 
-    def write(self, partial: Partial) -> None:
-        """Keep a finished shard.
+    def write(self, *partials: Partial) -> None:
+        """Keep a finished shard, or a whole group.
 
         Raises
         ------
         OSError
             The disk is full or gone.
         """
+        records = [self._written(partial) for partial in partials]
+        self._append("done.jsonl", b"".join(json.dumps(record).encode() + b"\n" for record in records))
+        self.finished.update((record["shard"], record) for record in records)
+
+    def _written(self, partial: Partial) -> dict[str, Any]:
+        """Write what a shard found; what is to be said of it."""
         # totals of few frames come in a narrower type
         wide = self._images[0][1]
         sums = replace(partial.sums, total=partial.sums.total.astype(wide, copy=False))
@@ -142,9 +155,10 @@ class Store:
             "began": partial.began,
             "ended": partial.ended,
         }
+        if partial.group:
+            record["group"] = list(partial.group)
         record["check"] = _checksum(record, partial)
-        self._append("done.jsonl", json.dumps(record).encode() + b"\n")
-        self.finished[partial.shard] = record
+        return record
 
     def read(self, shard: int) -> Partial:
         """A finished shard, as it was when it ended."""
@@ -155,8 +169,11 @@ class Store:
         log = self._open("sums.bin")
         positions = _from(log, at, (frames,), np.dtype(np.int64))
         at += positions.nbytes
+        group = tuple(record.get("group", ()))
         images = []
         for shape, dtype in self._images:
+            # the first of a group has the images of all
+            shape = (0, 0) if group and shard != group[0] else shape
             images.append(_from(log, at, shape, dtype))
             at += images[-1].nbytes
         rows = {name: self._read_rows(name, positions) for name in self._rows}
@@ -167,7 +184,7 @@ class Store:
             for runs, message, broken, reading in record["lost"]
         )
         times = record["worker"], record["began"], record["ended"]
-        return Partial(shard, positions, sums, lost, dict(record["seconds"]), *times)
+        return Partial(shard, positions, sums, lost, dict(record["seconds"]), *times, group)
 
     def close(self) -> None:
         """Bring all that was written to the disk, close the files.

@@ -95,6 +95,9 @@ class Partial:
         Host, process and thread that ran it.
     began, ended : float
         When, in seconds of the epoch.
+    group : tuple of int
+        Shards whose images over frames were added up into the first of them; the others have none. Only all of them
+        together are of use.
     """
 
     shard: int
@@ -105,6 +108,7 @@ class Partial:
     worker: str = ""
     began: float = 0.0
     ended: float = 0.0
+    group: tuple[int, ...] = ()
 
 
 class StoppedError(Exception):
@@ -290,6 +294,26 @@ def combine(job: Job, partials: Iterable[Partial]) -> Totals:
     return totals
 
 
+def folded(job: Job, partials: list[Partial]) -> list[Partial]:
+    """The same results with one image over frames for all of them, where sums don't depend on the order.
+
+    Images are most of what a shard leaves behind: what is added up where it arose has not to travel.
+    """
+    weights = job.prepared.weights
+    if len(partials) < 2 or in_order(job) or not (weights.total or weights.maximum):
+        return partials
+    totals = _empty_totals(job, positions=0)
+    for partial in partials:
+        _add_images(totals, partial.sums.total, partial.sums.maximum)
+    group = tuple(partial.shard for partial in partials)
+    none = np.empty((0, 0), job.prepared.wide), np.empty((0, 0), job.prepared.dtype)
+    images = [(totals.sums.total, totals.sums.maximum), *[none] * (len(partials) - 1)]
+    return [
+        replace(partial, sums=replace(partial.sums, total=total, maximum=maximum), group=group)
+        for partial, (total, maximum) in zip(partials, images, strict=True)
+    ]
+
+
 def in_order(job: Job) -> bool:
     """Whether images over frames must be added in the order of shards: sums of floats depend on it."""
     return job.prepared.dtype.kind == "f" and bool(job.prepared.weights.total or job.prepared.weights.maximum)
@@ -303,9 +327,7 @@ def _add(job: Job, totals: Totals, partial: Partial) -> None:
         rows[partial.positions] = found
     totals.waiting[partial.shard] = part.total, part.maximum
     while (now := totals.turn if in_order(job) else next(iter(totals.waiting), -1)) in totals.waiting:
-        total, maximum = totals.waiting.pop(now)
-        sums.total += total
-        np.maximum(sums.maximum, maximum, out=sums.maximum)
+        _add_images(totals, *totals.waiting.pop(now))
         totals.turn += 1
     totals.valid[partial.positions] = True
     totals.lost.extend(partial.lost)
@@ -314,9 +336,17 @@ def _add(job: Job, totals: Totals, partial: Partial) -> None:
         totals.seconds[stage] = totals.seconds.get(stage, 0.0) + seconds
 
 
-def _empty_totals(job: Job) -> Totals:
+def _add_images(totals: Totals, total: NDArray[Any], maximum: NDArray[Any]) -> None:
+    sums = totals.sums
+    if total.size:
+        sums.total += total
+    if maximum.size:
+        np.maximum(sums.maximum, maximum, out=sums.maximum)
+
+
+def _empty_totals(job: Job, positions: int | None = None) -> Totals:
     weights, shape, wide = job.prepared.weights, job.prepared.shape, job.prepared.wide
-    dtype, positions = job.prepared.dtype, job.wanted.size
+    dtype, positions = job.prepared.dtype, job.wanted.size if positions is None else positions
     lowest = -np.inf if dtype.kind == "f" else np.iinfo(dtype).min
     sums = Sums(
         np.zeros((positions, len(weights.masks)), wide),
@@ -326,4 +356,4 @@ def _empty_totals(job: Job) -> Totals:
         np.full(shape if weights.maximum else (0, 0), lowest, dtype),
         tuple(np.full((positions, fit.columns), np.nan, np.float32) for fit in weights.fits),
     )
-    return Totals(sums, np.zeros(job.wanted.size, np.bool_))
+    return Totals(sums, np.zeros(positions, np.bool_))

@@ -42,8 +42,7 @@ def run(job: Job, crew: Crew, folder: RunFolder, progress: Progress | None = Non
         folder.report("damaged", shards=damaged[:100], count=len(damaged))
     if job.on_error == "stop":
         # a run before this one masked them
-        for shard in store.broken():
-            del store.finished[shard]
+        store.forget(store.broken())
     done, began = len(store.finished), time.monotonic()
     folder.report("start", **_facts(job), executor=crew.name, workers=crew.workers(job), done=done)
     with resumable(folder, job, store), closing(_partials(job, crew, folder, store)) as partials:
@@ -65,13 +64,23 @@ def _partials(job: Job, crew: Crew, folder: RunFolder, store: Store) -> Generato
             if shard in kept:
                 yield store.read(shard)
             while shard not in store.finished:
-                partial = next(computed, None)
-                if partial is None:
-                    raise ResumableError("nobody is left to work")
+                group = _group(computed)
                 with _writing(store):
-                    store.write(partial)
-                report_shard(folder, job, partial)
-                yield partial
+                    store.write(*group)
+                for partial in group:
+                    report_shard(folder, job, partial)
+                yield from group
+
+
+def _group(computed: Iterator[Partial]) -> list[Partial]:
+    """The next result, with those that are of no use without it: they follow one another."""
+    group: list[Partial] = []
+    while not group or len(group) < len(group[0].group):
+        partial = next(computed, None)
+        if partial is None:
+            raise ResumableError("nobody is left to work")
+        group.append(partial)
+    return group
 
 
 def told(partials: Iterator[Partial], progress: Progress | None) -> Iterator[Partial]:

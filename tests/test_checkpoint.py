@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from killing import boxes, chosen, floats, ints, prepared, shrink
 
 import gpuem
-from gpuem import checkpoint, errors, job, recipe, run_folder
+from gpuem import checkpoint, engine, errors, job, recipe, run_folder
 from gpuem.checkpoint import Store
 from gpuem.executors import local
 from gpuem.run_folder import RunFolder
@@ -178,6 +178,59 @@ def test_a_store_is_written_on_after_it_was_read(tmp_path):
     assert list(store.finished) == [7, 2, 11]
     for shard in (7, 2, 11):
         assert_equal(store.read(shard), partials[shard])
+
+
+def grouped(folder, made, sizes=(3, 1, 4)):
+    """A store of shards whose images were added up in groups, and the partial results before that."""
+    partials = sorted(local.run(made), key=lambda partial: partial.shard)
+    store = Store(folder, made)
+    store.begin()
+    first = 0
+    for size in sizes:
+        store.write(*engine.folded(made, partials[first : first + size]))
+        first += size
+    store.close()
+    return partials[:first]
+
+
+@pytest.mark.parametrize("scene", ["ints", "signed", "region", "few frames", "only sums"])
+def test_images_that_were_added_up_make_the_same_totals(tmp_path, scene):
+    made = SCENES[scene](tmp_path)
+    partials = grouped(tmp_path / "store", made, (2, 100))
+    store = opened(tmp_path / "store", made)
+    assert store.verify() == []
+    assert sorted(store.finished) == [partial.shard for partial in partials]
+    found = engine.combine(made, [store.read(shard) for shard in reversed(range(len(partials)))]).sums
+    expected = engine.combine(made, partials).sums
+    for name in ("masks", "images", "moments", "total", "maximum"):
+        assert np.array_equal(getattr(found, name), getattr(expected, name)), name
+    assert expected.total.any()
+    assert sum(store.read(shard).sums.total.size > 0 for shard in store.finished) == 1 + (len(partials) > 2)
+
+
+def test_sums_of_floats_are_never_added_up_out_of_turn(tmp_path):
+    made = SCENES["floats"](tmp_path)
+    partials = list(local.run(made))
+    assert engine.folded(made, partials) == partials
+
+
+def test_a_group_is_whole_or_nothing_of_it_counts(tmp_path):
+    """The image of one is the image of all: a shard that is missing must not be added to it once more."""
+    made = SCENES["ints"](tmp_path)
+    grouped(tmp_path / "store", made)
+    path = tmp_path / "store" / "done.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for gone in range(8):
+        path.write_bytes(b"".join(line for k, line in enumerate(lines) if k != gone))
+        store = opened(tmp_path / "store", made)
+        store.verify()
+        mates = {0, 1, 2} if gone < 3 else {3} if gone == 3 else {4, 5, 6, 7}
+        assert sorted(store.finished) == sorted(set(range(8)) - mates)
+        store.close()
+    path.write_bytes(b"".join(lines))
+    store = opened(tmp_path / "store", made)
+    assert store.forget([5]) == [4, 5, 6, 7]
+    assert sorted(store.finished) == [0, 1, 2, 3]
 
 
 def test_a_line_torn_at_any_byte_is_no_line(tmp_path):

@@ -191,6 +191,12 @@ class DaskCrew:
         if not tasks:
             self._hire(worker, outcome, report)
             return
+        group = next((one.group for one in outcome if isinstance(one, Partial)), ())
+        if not all(dispatch.is_open(shard) for shard in group):
+            # another worker was faster with one of them, and their images are added up
+            dispatch.give_back([shard for shard in group if dispatch.is_open(shard)], worker.who)
+            outcome = [one for one in outcome if isinstance(one, BaseException)]
+            tasks = [task for task in tasks if task.shard not in group]
         dispatch.give_back([task.shard for task in tasks[len(outcome) :]], worker.who)
         for task, one in zip(tasks, outcome, strict=False):
             if isinstance(one, BaseException):

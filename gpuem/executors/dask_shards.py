@@ -176,17 +176,18 @@ class Hands(WorkerPlugin):
     def work(self, tasks: list[Task]) -> list[Partial | BaseException]:
         """Run shards one after another; what came of each. What a failure kept from being run is left out."""
         place = self._places.get()
-        outcomes: list[Partial | BaseException] = []
+        partials: list[Partial] = []
+        failed: list[BaseException] = []
         try:
             for partial in self._partials(tasks):
-                outcomes.append(replace(partial, worker=f"{self._who}:{place}"))  # noqa: PERF401
+                partials.append(replace(partial, worker=f"{self._who}:{place}"))  # noqa: PERF401
         except BaseException as error:  # noqa: BLE001 - it belongs to one shard; who hands them out decides what it means
             if isinstance(error, ReadError) and self._job is not None:
                 self._job.files.reopen()
-            outcomes.append(sendable(error))
+            failed.append(sendable(error))
         finally:
             self._places.put(place)
-        return outcomes
+        return [*(engine.folded(self._job, partials) if self._job is not None else ()), *failed]
 
     def _partials(self, tasks: list[Task]) -> Iterator[Partial]:
         job = self._job

@@ -148,6 +148,10 @@ class Dispatch:
         trouble.last = self._mask and self._given_up(trouble, now)
         return Task(shard, trouble.attempts + 1, trouble.last)
 
+    def is_open(self, shard: int) -> bool:
+        """Whether a shard isn't done yet."""
+        return shard in self._open
+
     def done(self, shard: int, worker: str, now: float) -> bool:
         """A worker finished a shard; False where another one did before it."""
         started = self.running.get(shard, {}).get(worker)
