@@ -156,7 +156,8 @@ class Store:
             "ended": partial.ended,
         }
         if partial.group:
-            record["group"] = list(partial.group)
+            # one object for all of them: there may be many
+            record["group"] = partial.group
         record["check"] = _checksum(record, partial)
         return record
 

@@ -242,14 +242,8 @@ def only(recipe: Recipe) -> Recipe:
     return next(iter(one_by_one(recipe).values()))
 
 
-def _changed(
-    raw: dict[str, Any],
-    input: str | None = None,  # noqa: A002
-    workers: Any = None,
-    scheduler: str | None = None,
-) -> dict[str, Any]:
-    """A recipe with what the command line says otherwise."""
-    # a file counts from the current folder here
+def _changed(raw: Any, input: Any = None, workers: Any = None, scheduler: Any = None) -> Any:  # noqa: A002
+    """A recipe with what the command line says otherwise, where paths count from the current folder."""
     scheduler = None if scheduler is None else _located(scheduler, Path.cwd())
     run = {key: value for key, value in (("workers", workers), ("scheduler", scheduler)) if value is not None}
     if run and isinstance(raw.get("run", {}), dict):

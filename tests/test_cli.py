@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,7 +111,10 @@ def test_ctrl_c_stops_soon_and_keeps_what_is_finished(recipe):
     process = subprocess.Popen(
         [sys.executable, "-m", "gpuem.cli", "run", "recipe.toml"], stderr=subprocess.PIPE, text=True
     )
-    time.sleep(4)
+    log = Path("out.run/events.jsonl")
+    while not (log.exists() and log.read_text().count("\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 75
