@@ -168,16 +168,19 @@ def run_shard(job: Job, index: int, *, last_try: bool = False) -> Partial:
                 done += good.indices.size
             start = time.perf_counter()
             seconds["compute"] += start - loaded
-    if job.give_back and isinstance(piece.layout, Runs):
-        for extent in extents:
-            job.files.release(*extent)
-    if done == 0 and lost and all(item.reading for item in lost):
-        # that is no bad spot of a disk: storage is away, and comes back perhaps
-        raise ReadError(f"not one frame of shard {index} can be read: {lost[0].message}")
+    for extent in extents if job.give_back and isinstance(piece.layout, Runs) else ():
+        job.files.release(*extent)
+    _refuse_nothing(index, done, lost)
     seconds["read"] = job.files.read_seconds() - before
     seconds["decode"] = max(seconds["decode"] - seconds["read"], 0.0)
     found = filled(job.backend.fetch(sums), done)
     return Partial(index, positions[:done], found, tuple(lost), seconds, here(), began, time.time())
+
+
+def _refuse_nothing(index: int, done: int, lost: list[Lost]) -> None:
+    """Raise ReadError where no frame came: that is no bad spot of a disk; storage is away, and comes back perhaps."""
+    if done == 0 and lost and all(item.reading for item in lost):
+        raise ReadError(f"not one frame of shard {index} can be read: {lost[0].message}")
 
 
 def here() -> str:

@@ -128,7 +128,7 @@ def _run(
     """`run`, once its arguments are in order and there is somebody to do it."""
     started = time.perf_counter()
     if kept is None:
-        resolved, job = begin(ds, analyses, options, roi)
+        resolved, job = begin(ds, analyses, _planning(options, crew), roi)
         job = crew.settle(job)
         with closing(crew.run(job, range(len(job.plan.shards)), no_report)) as partials:
             totals = engine.combine(job, keeping.told(partials, progress))
@@ -143,6 +143,12 @@ def _run(
     return Results(maps, facts)
 
 
+def _planning(options: recipe.Run, crew: Crew) -> recipe.Run:
+    """How this process plans: where others compute it needs no GPU itself, they plan and check that."""
+    elsewhere = {"device": "cpu", "transfer": "auto", "device_memory": None}
+    return options.model_copy(update=elsewhere) if crew.name == "dask" else options
+
+
 def _begin_kept(
     ds: Dataset, analyses: Sequence[Asked], options: recipe.Run, roi: Roi, crew: Crew, kept: RunFolder, resume: bool
 ) -> tuple[list[Analysis], engine.Job]:
@@ -151,14 +157,14 @@ def _begin_kept(
     then = run_folder.description(kept.path) if resume else None
     if then is None:
         kept.clear()
-        resolved, job = begin(ds, analyses, options, roi)
+        resolved, job = begin(ds, analyses, _planning(options, crew), roi)
         job = crew.settle(job)
         run_folder.keep_looked(kept.path, resolved)
         kept.describe(ds.source.frame_nbytes, job, {**now, **identity.of_cuts(job)})
         return resolved, job
     identity.refuse_another(kept.path, then["identity"], now)
     resolved = run_folder.looked(kept.path)
-    job = crew.settle(prepare(ds, resolved, options, roi))
+    job = crew.settle(prepare(ds, resolved, _planning(options, crew), roi))
     identity.refuse_another(kept.path, then["identity"], identity.of_cuts(job))
     # the same run, worked on by another process
     kept.describe(ds.source.frame_nbytes, job, then["identity"])

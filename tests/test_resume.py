@@ -306,7 +306,7 @@ def test_a_result_that_can_not_be_saved_is_not_lost(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(results, "_write", full)
-        with pytest.raises(errors.ResumableError, match="the disk is full.*All shards are finished.*--resume"):
+        with pytest.raises(errors.ResumableError, match=r"the disk is full.*All shards are finished.*--resume"):
             gpuem.run_recipe(path)
     assert killing.kept(tmp_path / "recipe.run") == 12
     last = events(tmp_path / "recipe.run")[-1]
