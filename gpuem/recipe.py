@@ -8,14 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
 from gpuem import data_sets
 from gpuem.analyses.bragg import Bragg
@@ -261,7 +254,11 @@ def check(raw: dict[str, Any], where: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        lines = [f"  {_place(e, raw)}: {_reason(e)}" for e in error.errors()]
+        # what fits none of several kinds of value is one mistake
+        found: dict[str, list[str]] = {}
+        for e in error.errors():
+            found.setdefault(_place(e, raw), []).append(_reason(e))
+        lines = [f"  {place}: {'; or: '.join(reasons)}" for place, reasons in found.items()]
         count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
         raise RecipeError(f"{where}: {count}\n" + "\n".join(lines)) from None
     check_names([a.name for a in recipe.analysis])
