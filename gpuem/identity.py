@@ -15,6 +15,7 @@ from gpuem.analyses import Analysis, Looking
 from gpuem.dataset import Dataset
 from gpuem.engine import Job
 from gpuem.errors import RecipeError
+from gpuem.storage.host import Files
 
 # bytes at both ends of a file that are looked at, beside its size and its time
 END_NBYTES = 1 << 16
@@ -103,15 +104,16 @@ def _short(value: Any) -> str:
 
 def _ends(ds: Dataset) -> list[str]:
     """Checksums of both ends of files."""
-    out = []
     files = ds.source.files
-    for k in range(0, len(files), max(1, len(files) // MOST_FILES)):
-        size = files[k].size
-        made = hashlib.blake2b(digest_size=12)
-        for at in sorted({0, max(0, size - END_NBYTES)}):
-            made.update(ds.files.read(k, at, min(END_NBYTES, size - at)).data)
-        out.append(made.hexdigest())
-    return out
+    return [of_ends(ds.files, k, files[k].size) for k in range(0, len(files), max(1, len(files) // MOST_FILES))]
+
+
+def of_ends(files: Files, k: int, size: int) -> str:
+    """A checksum of both ends of file `k`, which is so long."""
+    made = hashlib.blake2b(digest_size=12)
+    for at in sorted({0, max(0, size - END_NBYTES)}):
+        made.update(files.read(k, at, min(END_NBYTES, size - at)).data)
+    return made.hexdigest()
 
 
 def _of_analysis(analysis: Any) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,10 +14,9 @@ from gpuem import tiles
 from gpuem.engine import Job
 from gpuem.errors import GpuemError, InputError
 from gpuem.formats.source import Calls, Chunks, Copy, File, Resident, Runs, Source, Strided, stored_layout
+from gpuem.identity import of_ends
 from gpuem.storage.host import Files
 
-# bytes at both ends of a file that must agree
-END_NBYTES = 1 << 16
 # checksums of both ends of files, by their number
 Ends = dict[int, str]
 
@@ -26,7 +24,7 @@ Ends = dict[int, str]
 def ends(source: Source, files: Files) -> Ends:
     """Checksums of the ends of all files that are said to lie elsewhere, too."""
     wanted = sorted({k for copy in source.copies for k in _covered(copy, source)})
-    return {k: _ends(files, k, source.files[k].size) for k in wanted}
+    return {k: of_ends(files, k, source.files[k].size) for k in wanted}
 
 
 def found_here(source: Source, known: Ends, host: str) -> Source:
@@ -105,19 +103,12 @@ def _checked(original: File, path: Path, known: str, host: str) -> File:
         raise InputError(f"{told}: {found.size} bytes there, {original.size} here; copy it again")
     if found.mtime_ns != original.mtime_ns:
         try:
-            same = _ends(Files((found,)), 0, found.size) == known
+            same = of_ends(Files((found,)), 0, found.size) == known
         except GpuemError as error:
             raise InputError(f"{told}, it can't be read: {error}") from error
         if not same:
             raise InputError(f"{told}: as long, but its beginning or its end differ; copy it again")
     return found
-
-
-def _ends(files: Files, k: int, size: int) -> str:
-    made = hashlib.blake2b(digest_size=16)
-    for at in sorted({0, max(0, size - END_NBYTES)}):
-        made.update(files.read(k, at, min(END_NBYTES, size - at)).data)
-    return made.hexdigest()
 
 
 def _files_of(source: Source, shard: tiles.Shard, cut: tuple[int, ...]) -> set[int]:
