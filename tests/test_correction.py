@@ -102,6 +102,7 @@ def cut_small(patch, frame_nbytes, tile, shard, corrected):
         return real(**nbytes)
 
     patch.setattr(tiles, "Sizes", sizes)
+    patch.setattr(tiles, "LEAST_FRAMES", 1)
     patch.setattr(tiles, "CORRECTED_NBYTES", corrected * frame_nbytes)
 
 
