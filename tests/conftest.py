@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -7,6 +8,9 @@ import pytest
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell's background job: what tests start must hear Ctrl-C nevertheless
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # no time limits: the first example of a type compiles its kernels
 settings.register_profile("gpuem", deadline=None, max_examples=40)
 settings.load_profile("gpuem")
