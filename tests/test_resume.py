@@ -353,7 +353,7 @@ def kill_at_random(tmp_path, kills, seed):
         before = killing.kept(folder)
         if rng.random() < 0.7:
             # in the middle; else anywhere, also while it starts
-            killing.wait_for(lambda: killing.kept(folder) > before, process)  # noqa: B023
+            killing.wait_for(lambda: killing.kept(folder) > before or not alive(process), process)  # noqa: B023
         time.sleep(rng.uniform(0, 0.15) if killing.kept(folder) > before else rng.uniform(0, 2.0))
         process.kill()
         process.communicate()
