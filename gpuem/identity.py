@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,15 @@ from gpuem.storage.host import Files
 END_NBYTES = 1 << 16
 # of so many files the ends are looked at; of more, every n-th
 MOST_FILES = 64
+
+
+def version(name: str = "gpuem") -> str:
+    """Of gpuem, or of a library, in this process."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        # a checkout on the path, or a library that this run didn't need
+        return "not installed"
 
 
 def of_data(

@@ -20,9 +20,10 @@ from gpuem.dataset import Dataset
 from gpuem.errors import DataError, PlanError, RecipeError
 from gpuem.executors import Crew, local
 from gpuem.executors.dispatch import no_report
+from gpuem.identity import version
 from gpuem.keeping import Progress
 from gpuem.look import sample, sample_nbytes
-from gpuem.provenance import provenance, version
+from gpuem.provenance import provenance
 from gpuem.region import Roi, region, summary
 from gpuem.results import Results
 from gpuem.run_folder import RunFolder

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from gpuem import executors, job, recipe, results
 from gpuem.errors import GpuemError, ResumableError
 from gpuem.executors import Crew
+from gpuem.identity import version
 from gpuem.job import Watch
-from gpuem.provenance import version
 from gpuem.recipe import NAME, Recipe
 from gpuem.results import Results
 from gpuem.run_folder import write_whole

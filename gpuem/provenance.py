@@ -7,8 +7,6 @@ import functools
 import platform
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as version_of
 from typing import Any
 
 import numpy as np
@@ -18,30 +16,18 @@ from gpuem import engine
 from gpuem.analyses import Analysis, Looking
 from gpuem.correction import summary
 from gpuem.dataset import Dataset
+from gpuem.identity import version
 
 
 @functools.cache
 def _versions() -> dict[str, Any]:
     libraries = ("numpy", "numba", "h5py", "imagecodecs", "zarr", "pydantic")
     return {
-        "gpuem": _version("gpuem"),
+        "gpuem": version(),
         "python": platform.python_version(),
-        "libraries": {name: _version(name) for name in libraries},
+        "libraries": {name: version(name) for name in libraries},
         "platform": platform.platform(),
     }
-
-
-def version() -> str:
-    """Of gpuem."""
-    return _version("gpuem")
-
-
-def _version(name: str) -> str:
-    try:
-        return version_of(name)
-    except PackageNotFoundError:
-        # a checkout on the path, or a library that this run didn't need
-        return "not installed"
 
 
 def provenance(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import pickle
 import platform
@@ -27,6 +26,7 @@ from gpuem.executors import copies, local
 from gpuem.executors.dispatch import Task
 from gpuem.formats.remote import Url
 from gpuem.formats.source import Calls, Resident, Source
+from gpuem.identity import version as version
 from gpuem.recipe import Run
 from gpuem.storage.host import Files
 
@@ -105,14 +105,6 @@ def pack(job: Job, options: Run) -> bytes:
     files = tuple(f if isinstance(f.path, Url) else replace(f, path=f.path.absolute()) for f in job.source.files)
     source = replace(job.source, files=files)
     return pickle.dumps(Parcel(source, ends, job.weights, job.skip, job.wanted.size, wanted, options))
-
-
-def version() -> str:
-    """Of gpuem in this process."""
-    try:
-        return importlib.metadata.version("gpuem")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def who(worker: Worker) -> str:
