@@ -47,7 +47,7 @@ AFTER = [
     "cli_report",
     "cli",
 ]
-EVERYWHERE = ["errors", "axes"]
+EVERYWHERE = ["errors", "axes", "atomic"]
 
 
 def modules():
