@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from merlin_writer import frame_header, scan_fields, write_hdr, write_mib
 from samples import assert_reads_as, entries, sample_data
 
+import gpuem
 from gpuem.codecs import merlin
 from gpuem.errors import InputError, TruncatedError
 from gpuem.formats import mib
@@ -392,3 +393,106 @@ def test_any_damage_is_read_or_refused(patch, where, length):
             return
         runs = source.pieces[0].layout
         assert runs.offset[0] + runs.stride[0] * (runs.frames[0] - 1) + runs.frame_bytes <= length
+
+
+# lines with flyback
+
+
+def flyback_file(folder, lines, columns, skipped, *, first=0, rng=5, frames=None):
+    """Frames (line, position and flyback, y, x) in one file; exposures of flyback frames differ where `first`."""
+    recorded = columns + skipped
+    data = np.random.default_rng(rng).integers(0, 4096, (lines, recorded, 4, 256), np.uint16)
+    path = write_mib(folder / "a.mib", data.reshape(-1, 4, 256)[:frames], kind="U16", bits=12)
+    if first:
+        stored = bytearray(path.read_bytes())
+        stride = len(stored) // (lines * recorded)
+        for k in range(lines * recorded):
+            if k % recorded < first:
+                at = stored.index(b"0.001000", k * stride)
+                stored[at : at + 8] = b"0.020000"
+        path.write_bytes(bytes(stored))
+    return path, data
+
+
+def hdr_fields(lines, columns, recorded, **more):
+    return {**scan_fields(lines * recorded, recorded), "ScanX": columns, "ScanY": lines, **more}
+
+
+@pytest.mark.parametrize(("lines", "columns", "skipped"), [(3, 5, 1), (4, 3, 2), (2, 7, 3), (1, 5, 1)])
+def test_flyback_frames_at_the_end_of_lines_are_left_out_and_told(tmp_path, lines, columns, skipped):
+    path, data = flyback_file(tmp_path, lines, columns, skipped)
+    write_hdr(tmp_path / "a.hdr", **hdr_fields(lines, columns, columns + skipped))
+    source = mib.read_header((path,))
+    assert (source.scan_shape, source.frames) == ((lines, columns), lines * columns)
+    assert [(p.start, p.frames) for p in source.pieces] == [(0, lines * columns)]
+    np.testing.assert_array_equal(decode(source), data[:, :columns].reshape(-1, 4, 256))
+    assert f"{skipped} flyback frame" in source.notes[0]
+    assert "at the end" in source.notes[0]
+
+
+def test_flyback_that_exposure_times_show_at_the_start_of_lines(tmp_path):
+    path, data = flyback_file(tmp_path, 3, 5, 1, first=1)
+    write_hdr(tmp_path / "a.hdr", **hdr_fields(3, 5, 6))
+    source = mib.read_header((path,))
+    np.testing.assert_array_equal(decode(source), data[:, 1:].reshape(-1, 4, 256))
+    assert "at the start" in source.notes[0]
+
+
+def test_flyback_in_a_series_whose_files_end_within_lines(tmp_path):
+    data = np.random.default_rng(2).integers(0, 4096, (4, 7, 4, 256), np.uint16)
+    flat, first = data.reshape(-1, 4, 256), 0
+    for k, count in enumerate((3, 11, 6, 8), start=1):
+        part = flat[first : first + count]
+        write_mib(tmp_path / f"s{k}.mib", part, kind="U16", bits=12, first=first + 1)
+        first += count
+    source = mib.read_header((write_hdr(tmp_path / "s.hdr", **hdr_fields(4, 6, 7)),))
+    ds = gpuem.open(tmp_path / "s.hdr")
+    assert source.scan_shape == ds.scan_shape == (4, 6)
+    np.testing.assert_array_equal(ds[...], data[:, :6])
+    total = gpuem.run(ds, [gpuem.Sum()], device="cpu")["sum/sum"].data
+    np.testing.assert_array_equal(total, data[:, :6].sum((0, 1), dtype=np.int64))
+
+
+def test_a_scan_of_all_frames_keeps_the_flyback(tmp_path):
+    path, data = flyback_file(tmp_path, 3, 5, 1)
+    write_hdr(tmp_path / "a.hdr", **hdr_fields(3, 5, 6))
+    np.testing.assert_array_equal(gpuem.open(path, scan=(3, 6))[...], data)
+    np.testing.assert_array_equal(gpuem.open(path, scan=(15,))[...], data[:, :5].reshape(15, 4, 256))
+    with pytest.raises(InputError, match=r"18 frames, 15 of them scan positions .*scan \[4, 4\] has 16 positions"):
+        gpuem.open(path, scan=(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("fields", "shape"),
+    [
+        # the LineSkip of a continuous acquisition
+        ({"Frames in Acquisition (Number)": 18, "ScanX": 5, "ScanY": 3, "LineSkip": 1}, (3, 5)),
+        ({**scan_fields(18, 6), "LineSkip": 1}, (3, 5)),
+        # one trigger for all, and a LineSkip that was not used
+        ({**scan_fields(18, 18), "ScanX": 6, "ScanY": 3}, (3, 6)),
+        ({**scan_fields(18, 6), "ScanX": 6, "ScanY": 3, "LineSkip": 1}, (3, 6)),
+        ({**scan_fields(18, 1), "ScanX": 6, "ScanY": 3, "LineSkip": 2}, (3, 6)),
+    ],
+)
+def test_the_number_of_frames_tells_whether_lines_have_flyback(tmp_path, fields, shape):
+    path, data = flyback_file(tmp_path, 3, 5, 1)
+    write_hdr(tmp_path / "a.hdr", **fields)
+    np.testing.assert_array_equal(gpuem.open(path)[...], data[:, : shape[1]])
+
+
+def test_acquisition_with_flyback_that_ends_early(tmp_path):
+    path, data = flyback_file(tmp_path, 4, 5, 1, frames=15)
+    write_hdr(tmp_path / "a.hdr", **hdr_fields(4, 5, 6))
+    with pytest.raises(TruncatedError, match=r"4 lines of 5 positions and 1 flyback frames, 24 frames; .* hold 15"):
+        gpuem.open(path)
+    ds = gpuem.open(path, fit=True)
+    valid = gpuem.run(ds, [gpuem.Sum()], device="cpu")["valid"].data
+    assert valid.ravel().tolist() == [True] * 13 + [False] * 7
+    assert "7 of 20 scan positions have no frame" in " ".join(ds.notes)
+    np.testing.assert_array_equal(ds[2, :3], data[2, :3])
+
+
+def test_the_last_flyback_may_be_missing(tmp_path):
+    path, data = flyback_file(tmp_path, 4, 5, 1, frames=23)
+    write_hdr(tmp_path / "a.hdr", **hdr_fields(4, 5, 6))
+    np.testing.assert_array_equal(gpuem.open(path)[...], data[:, :5])

@@ -17,6 +17,7 @@ import numpy as np
 from gpuem.errors import InputError, TruncatedError
 from gpuem.formats import mib_files
 from gpuem.formats.mib_files import Frames, integer, parse_hdr
+from gpuem.formats.mib_scan import Lines, find_scan
 from gpuem.formats.remote import Place
 from gpuem.formats.source import Piece, Runs, Source
 
@@ -30,7 +31,7 @@ class _Hdr:
     fields: Mapping[str, str]
 
 
-def read_header(paths: tuple[Place, ...], *, fit: bool = False) -> Source:
+def read_header(paths: tuple[Place, ...], *, scan: tuple[int, ...] | None = None, fit: bool = False) -> Source:
     """Describe Merlin frames.
 
     Parameters
@@ -38,6 +39,8 @@ def read_header(paths: tuple[Place, ...], *, fit: bool = False) -> Source:
     paths : tuple of Path or Url
         A .mib file or its .hdr: the numbered files of the same acquisition are found. Several .mib files are taken as
         they are, in their order; a .hdr may stand among them.
+    scan : tuple of int
+        Scan shape, where the .hdr doesn't say; with a position for every frame, flyback frames are kept.
     fit : bool
         Go on with the whole frames of an acquisition that ends early; the rest of what the .hdr promises is missing.
 
@@ -45,7 +48,8 @@ def read_header(paths: tuple[Place, ...], *, fit: bool = False) -> Source:
     -------
     Source
         `frame_shape` is the image of all chips (y, x). `scan_shape` comes from the .hdr: ScanY and ScanX, or lines of
-        'Frames per Trigger'; (frames,) where it doesn't say.
+        'Frames per Trigger'; (frames,) where it doesn't say. Where a line has more frames than ScanX, the frames of
+        the flyback are left out, and a note says which (see `gpuem.formats.mib_scan`).
 
     Raises
     ------
@@ -67,8 +71,10 @@ def read_header(paths: tuple[Place, ...], *, fit: bool = False) -> Source:
     notes += _check_ends(files, fit)
     if sum(f.whole for f in files) == 0:
         raise InputError(f"{first.file.path}: {first.file.size} bytes, not one whole frame of {first.stride} bytes")
-    pieces, frames = _pieces(files, series)
-    scan_shape, more = _scan_shape(hdr, frames, sum(f.whole for f in files), fit)
+    starts, frames = _starts(files, series)
+    scan_shape, lines, more = find_scan(hdr.path, hdr.fields, files, frames, scan, fit=fit)
+    pieces = _pieces(files, starts, lines)
+    frames = frames if lines is None else lines.positions(frames)
     image = first.image
     notes += [*image.notes, *more]
     return Source(
@@ -122,56 +128,37 @@ def _check_ends(files: list[Frames], fit: bool) -> list[str]:
     return notes
 
 
-def _pieces(files: list[Frames], series: bool) -> tuple[tuple[Piece, ...], int]:
-    """Frames in file order, and how many positions they span; in a series, a cut file leaves a hole behind it."""
-    image, groups, start = files[0].image, list[tuple[int, list[int]]](), 0
+def _starts(files: list[Frames], series: bool) -> tuple[list[int], int]:
+    """Number of each file's first frame, and frames in all; in a series, a cut file leaves a hole behind it."""
+    starts, start = [], 0
     for k, f in enumerate(files):
-        hole = f.header.sequence - files[k - 1].end if series and k else 0
-        start += hole
-        if hole or not groups:
-            groups.append((start, []))
-        groups[-1][1].append(k)
+        start += f.header.sequence - files[k - 1].end if series and k else 0
+        starts.append(start)
         start += f.whole
+    return starts, start
+
+
+def _pieces(files: list[Frames], starts: list[int], lines: Lines | None) -> tuple[Piece, ...]:
+    """Frames of scan positions in file order: runs, and a new piece where positions have no frame."""
+    image = files[0].image
+    runs = []
+    for k, (f, start) in enumerate(zip(files, starts, strict=True)):
+        if lines is None:
+            position, first, length = (np.array([value], np.int64) for value in (start, 0, f.whole))
+        else:
+            position, first, length = lines.runs(start, f.whole)
+        used = length > 0
+        position, first, length = position[used], first[used], length[used]
+        file, stride = np.full(length.size, k, np.int64), np.full(length.size, f.stride, np.int64)
+        runs.append(np.array([position, length, file, f.header.size + first * f.stride, stride]))
+    position, length, file, offset, stride = np.concatenate(runs, axis=1)
+    holes = np.flatnonzero(position[1:] != position[:-1] + length[:-1]) + 1
     pieces = []
-    for begin, members in groups:
-        run = [k for k in members if files[k].whole]
-        layout = Runs(
-            np.array(run, np.int64),
-            np.array([files[k].header.size for k in run], np.int64),
-            np.array([files[k].whole for k in run], np.int64),
-            np.array([files[k].stride for k in run], np.int64),
-            image.frame_bytes,
-        )
-        count = sum(files[k].whole for k in run)
-        if count:
-            pieces.append(Piece(begin, (count,), layout, image.stored, image.codec))
-    return tuple(pieces), start
-
-
-def _scan_shape(hdr: _Hdr, frames: int, whole: int, fit: bool) -> tuple[tuple[int, ...], list[str]]:
-    """The scan that the .hdr promises, checked against the frames that are there."""
-    rows, columns = integer(hdr.fields, "ScanY"), integer(hdr.fields, "ScanX")
-    total = integer(hdr.fields, "Frames in Acquisition (Number)") or 0
-    line = integer(hdr.fields, "Frames per Trigger (Number)") or 0
-    shape: tuple[int, ...]
-    if rows and columns:
-        shape = (rows, columns)
-    elif 1 < line < total and total % line == 0:
-        shape = (total // line, line)
-    else:
-        shape = (total,)
-    promised = math.prod(shape)
-    if promised == frames or promised <= 0:
-        return (shape if promised > 0 else (frames,)), []
-    if promised < frames:
-        return (frames,), [f"{hdr.path}: promises {promised} frames {shape}, the files hold {frames}: give the scan"]
-    message = f"{hdr.path}: promises {promised} frames {shape}, the files hold {whole} whole ones"
-    if not fit:
-        raise TruncatedError(
-            f"{message}; are files missing, was the acquisition stopped? Set fit = true to go on without the rest",
-            whole,
-        )
-    return shape, [message]
+    for own in np.split(np.arange(position.size), holes):
+        if own.size:
+            layout = Runs(file[own], offset[own], length[own], stride[own], image.frame_bytes)
+            pieces.append(Piece(int(position[own[0]]), (int(length[own].sum()),), layout, image.stored, image.codec))
+    return tuple(pieces)
 
 
 _HDR_FIELDS = {

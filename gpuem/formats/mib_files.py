@@ -228,6 +228,15 @@ def read_file(path: Place, depth: int | None = None) -> Frames:
     return Frames(file, header, image, whole, rest, last)
 
 
+def read_exposure(frames: Frames, k: int) -> float | None:
+    """Exposure time of frame `k` of a file in s, as its header says; None where it doesn't."""
+    with frames.file.path.open("rb") as stream:
+        stream.seek(k * frames.stride)
+        fields = stream.read(min(frames.header.size, 256)).split(b"\0")[0].decode("latin-1").split(",")
+    exposure = _numbers(fields[10:11])
+    return exposure[0] if exposure else None
+
+
 def _parse(path: Place, stream: BinaryIO) -> Header:
     """The first frame's header, at the beginning of `stream`."""
     begin = stream.read(64)
