@@ -51,7 +51,8 @@ def _place_of(value: Any) -> Place:
     """A path or a URL, as a recipe says it."""
     if not isinstance(value, str | Path | Url) or not str(value):
         raise ValueError(f"needed is a path or a URL, as text in quotes (found {value!r})")
-    found = remote.place(value)
+    # its leading ~ is expanded when the recipe's folder is known
+    found = value if isinstance(value, Url) else remote.parse_place(value)
     if isinstance(value, str) and "://" in value and not isinstance(found, Url):
         raise ValueError(f"{value!r}: not a URL that gpuem reads; it may begin with {', '.join(stores.EXAMPLES)}")
     return found

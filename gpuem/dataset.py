@@ -21,9 +21,12 @@ from gpuem.correction import Dead, Image
 from gpuem.engine import describe
 from gpuem.errors import DataError, InputError, RecipeError
 from gpuem.formats import array, read_header
-from gpuem.formats.remote import Url, place
+from gpuem.formats.remote import Place, Url, place
 from gpuem.formats.source import Copy, Source
 from gpuem.storage.host import Files
+
+# a scan of 32768 x 32768; every position costs memory before the first frame is read
+MOST_POSITIONS = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -243,10 +246,28 @@ def open(  # noqa: A001
         raise RecipeError("path: no file is given")
     options = {key: value for key, value in options.items() if value is not None}
     paths = tuple(place(p) for p in many)
+    scan = None if scan is None else _scan_shape(paths[0], scan)
+    if not isinstance(skip, int | np.integer) or isinstance(skip, bool):
+        raise RecipeError(f"{paths[0]}: skip {skip!r}: needed is a whole number of frames")
     source = read_header(paths, format, scan, **({"fit": True} if fit else {}), **options)
     if copies:
         source = replace(source, copies=tuple(_copy(**one) for one in copies))
     return arrange(source, scan, skip, fit, calibration)
+
+
+def _scan_shape(path: Place, scan: Sequence[int]) -> tuple[int, ...]:
+    """The scan as it is given; raises RecipeError unless it is a shape that can be."""
+    sizes = tuple(scan) if isinstance(scan, Sequence | np.ndarray) and not isinstance(scan, str | bytes) else ()
+    if not sizes or not all(isinstance(n, int | np.integer) and not isinstance(n, bool | np.bool_) for n in sizes):
+        raise RecipeError(f"{path}: scan {scan!r}: needed are whole numbers, such as (256, 256)")
+    shape = tuple(int(n) for n in sizes)
+    if min(shape) < 1:
+        raise RecipeError(f"{path}: scan {list(shape)}: every axis needs at least one position")
+    if math.prod(shape) > MOST_POSITIONS:
+        raise RecipeError(
+            f"{path}: scan {list(shape)} has {math.prod(shape):,} positions; gpuem takes up to {MOST_POSITIONS:,}"
+        )
+    return shape
 
 
 def _copy(hosts: Sequence[str], folder: str | os.PathLike[str], files: Sequence[str] = ("*",)) -> Copy:
@@ -261,7 +282,7 @@ def of_array(data: Any) -> Dataset:
 
 def arrange(
     source: Source,
-    scan: Sequence[int] | None,
+    scan: tuple[int, ...] | None,
     skip: int,
     fit: bool,
     calibration: Mapping[str, Any] | None,
@@ -277,12 +298,17 @@ def arrange(
     """
     name = source.files[0].path if source.files else "array"
     there = source.frames - skip
-    if scan is not None and not all(isinstance(n, int | np.integer) for n in scan):
-        raise RecipeError(f"{name}: scan {scan!r}: needed are whole numbers, such as (256, 256)")
-    shape = tuple(int(n) for n in scan) if scan is not None else (source.scan_shape if skip == 0 else (there,))
-    if not shape or min(shape) < 1:
-        raise RecipeError(f"{name}: scan {list(shape)} with skip {skip}: every axis needs at least one position")
+    if skip >= source.frames:
+        raise RecipeError(f"{name}: skip = {skip} leaves out all of its {source.frames} frames")
+    shape = scan if scan is not None else (source.scan_shape if skip == 0 else (there,))
     positions = math.prod(shape)
+    if min(shape) < 1 or positions > MOST_POSITIONS:
+        raise InputError(
+            f"{name}: its scan {' x '.join(map(str, shape))} has {positions:,} positions; "
+            f"gpuem takes 1 to {MOST_POSITIONS:,}"
+        )
+    if skip <= -positions:
+        raise RecipeError(f"{name}: skip = {skip} leaves none of the {positions} scan positions a frame")
     notes = list(source.notes)
     if there != positions:
         less = there < positions
@@ -305,20 +331,26 @@ def arrange(
         notes.append(f"the first {-skip} positions have no frame (skip = {skip})")
     axes = source.scan if source.scan and tuple(a.size for a in source.scan) == shape else scan_axes(shape)
     detector = source.detector or detector_axes(source.frame_shape)
-    for key in calibration or {}:
+    return Dataset(source, *_calibrate(axes, detector, dict(calibration or {})), skip, tuple(notes))
+
+
+def _calibrate(
+    scan: tuple[Axis, ...], detector: tuple[Axis, ...], given: dict[str, Any]
+) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
+    """Scan and detector axes with the pixel sizes that are given."""
+    for key in given:
         if key not in ("scan_step", "scan_unit", "detector_step", "detector_unit"):
             raise RecipeError(
                 f"calibration: {key!r} is unknown; known: scan_step, scan_unit, detector_step, detector_unit"
             )
-    given = dict(calibration or {})
     for part in ("scan", "detector"):
         if given.get(f"{part}_unit") is not None and given.get(f"{part}_step") is None:
             raise RecipeError(f"calibration: {part}_unit needs {part}_step, the size of a pixel")
     if given.get("scan_step") is not None:
-        axes = calibrate(axes, _steps(given["scan_step"]), given.get("scan_unit") or "nm")
+        scan = calibrate(scan, _steps(given["scan_step"]), given.get("scan_unit") or "nm")
     if given.get("detector_step") is not None:
         detector = calibrate(detector, _steps(given["detector_step"]), given.get("detector_unit") or "mrad")
-    return Dataset(source, axes, detector, skip, tuple(notes))
+    return scan, detector
 
 
 def _steps(step: Any) -> float | tuple[float, ...]:

@@ -17,6 +17,7 @@ from gpuem.analyses.strain import Strain
 from gpuem.analyses.sums import Sum
 from gpuem.analyses.virtual import VirtualDetector
 from gpuem.errors import RecipeError
+from gpuem.formats import remote
 from gpuem.formats.remote import Place
 
 # the one list of all kinds: what a recipe may say, and what is said of it where it says something else
@@ -302,7 +303,7 @@ def parse_memory(value: str | int, key: str = "memory") -> int:
 
 def _absolute(recipe: Recipe, folder: Path) -> Recipe:
     def fix(path: Path) -> Path:
-        return folder / path.expanduser()
+        return folder / remote.expand_home(path, folder)
 
     def locate(place: Place) -> Place:
         return fix(place) if isinstance(place, Path) else place

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from samples import assert_reads_as, entries, sample_data
 
-from gpuem.errors import InputError, TruncatedError
+import gpuem
+from gpuem.errors import InputError, RecipeError, TruncatedError
 from gpuem.formats import empad
 from gpuem.formats.source import Source
 
@@ -123,7 +124,7 @@ def test_raw_may_be_named_instead_of_the_header(tmp_path):
     other = tmp_path / "other.raw"
     other.write_bytes(raw.read_bytes())
     assert not empad.claims(other)
-    with pytest.raises(InputError, match=r"0 \.xml files"):
+    with pytest.raises(InputError, match=r"6 frames of 130x128 float32, and no \.xml beside it names it: give scan"):
         empad.read_header((other,))
 
 
@@ -183,3 +184,64 @@ def test_missing_empty_and_silent_files(tmp_path):
     write(tmp_path, "<root><raw_file filename='{raw}'/></root>", 2, 3)
     with pytest.raises(InputError, match=r"says nothing of the scan; its \.raw holds 6 frames"):
         empad.read_header((tmp_path / "scan.xml",))
+
+
+BOTH = """<root><raw_file filename="{raw}"/><scan_parameters mode="search"><scan_resolution_x>{x}</scan_resolution_x>
+<scan_resolution_y>{y}</scan_resolution_y><scan_size>1.0</scan_size></scan_parameters><scan_parameters mode="acquire">
+<scan_resolution_x>OTHER_X</scan_resolution_x><scan_resolution_y>OTHER_Y</scan_resolution_y><scan_size>0.6</scan_size>
+</scan_parameters></root>"""
+
+
+def both(y: int, x: int) -> str:
+    return BOTH.replace("OTHER_Y", str(y)).replace("OTHER_X", str(x))
+
+
+def test_the_entry_that_fits_is_the_scan_whatever_its_mode(tmp_path):
+    expected = write(tmp_path, both(4, 4), 6, 2)
+    source = empad.read_header((tmp_path / "scan.xml",))
+    assert (source.scan_shape, source.metadata["scan_size"]) == ((6, 2), "1.0")
+    np.testing.assert_array_equal(decode(source), expected.reshape(6, 2, 128, 128))
+    write(tmp_path, both(4, 4), 3, 3, frames=16)
+    source = empad.read_header((tmp_path / "scan.xml",))
+    assert (source.scan_shape, source.metadata["scan_size"]) == ((4, 4), "0.6")
+
+
+def test_two_entries_that_fit_are_an_error_unless_the_name_of_the_raw_decides(tmp_path):
+    write(tmp_path, both(3, 4), 6, 2)
+    both_named = r"12 frames, which fit 2 of its scans: \[3, 4\] \(.*=acquire\) and \[6, 2\] \(.*=search\)"
+    with pytest.raises(InputError, match=both_named):
+        empad.read_header((tmp_path / "scan.xml",))
+    assert empad.read_header((tmp_path / "scan.xml",), scan=(6, 2)).scan_shape == (6, 2)
+    write(tmp_path, both(3, 4), 6, 2, raw="scan_x2_y6.raw")
+    assert empad.read_header((tmp_path / "scan.xml",)).scan_shape == (6, 2)
+    # the same scan twice is one
+    write(tmp_path, both(6, 2), 6, 2)
+    assert empad.read_header((tmp_path / "scan.xml",)).scan_shape == (6, 2)
+
+
+def test_raw_without_its_xml(tmp_path):
+    expected = write(tmp_path, NEW, 2, 3, raw="mine.raw")
+    (tmp_path / "scan.xml").unlink()
+    raw = tmp_path / "mine.raw"
+    with pytest.raises(RecipeError, match=r'6 EMPAD frames .*format = "empad" and scan = \[y, x\] of 6 positions'):
+        gpuem.open(raw)
+    with pytest.raises(InputError, match=r"6 frames of 130x128 float32.*give scan = \[y, x\]"):
+        gpuem.open(raw, format="empad")
+    ds = gpuem.open(raw, format="empad", scan=(2, 3))
+    np.testing.assert_array_equal(ds[...], expected.reshape(2, 3, 128, 128))
+    assert "no .xml" in ds.notes[0]
+    named = raw.rename(tmp_path / "scan_x3_y2.raw")
+    with pytest.raises(RecipeError, match=r"scan = \[2, 3\] as its name says"):
+        gpuem.open(named)
+    assert gpuem.open(named, format="empad").scan_shape == (2, 3)
+    wrong = named.rename(tmp_path / "scan_x4_y2.raw")
+    with pytest.raises(InputError, match=r"its name says 2 x 4 = 8 positions"):
+        gpuem.open(wrong, format="empad")
+
+
+def test_renamed_raw_of_the_same_name_as_its_xml(tmp_path):
+    expected = write(tmp_path, NEW, 2, 3, raw="scan_x3_y2.raw")
+    (tmp_path / "scan_x3_y2.raw").rename(tmp_path / "scan.raw")
+    source = empad.read_header((tmp_path / "scan.xml",))
+    np.testing.assert_array_equal(decode(source), expected.reshape(2, 3, 128, 128))
+    assert "scan_x3_y2.raw, which is missing; scan.raw" in source.notes[0]

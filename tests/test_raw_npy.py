@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import reference
@@ -7,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpuem
+from gpuem.errors import GpuemError, InputError, RecipeError
 
 PIXELS = ["u1", "<u2", ">u2", "<u4", ">u4", "<i2", ">i4", "<f4", ">f4", "<f8", ">i8", "?", "<f2"]
 
@@ -186,3 +189,104 @@ def test_mistakes_of_the_python_interface():
     mask = np.array([True, False, True, False])
     assert np.array_equal(gpuem.run(data, gpuem.Sum(), roi=mask)["valid"].data, mask)
     assert np.array_equal(gpuem.open("a.npy")[mask], data[mask])
+
+
+# absurd numbers: refused before anything is allocated
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": ","}, "not a type"),
+        ({"dtype": "(-1,)u1"}, "not a type"),
+        ({"dtype": "(2,)u1"}, "pixels must be"),
+        ({"dtype": "99999999999999999999u1"}, "not a type"),
+        ({"dtype": "u1,f4"}, "pixels must be"),
+        ({"dtype": 5}, "not a type"),
+        ({"dtype": "(" * 3000}, "not a type"),
+        ({"dtype": "object"}, "pixels must be"),
+        ({"frame": (2**40, 2**40)}, "each axis needs 1 to"),
+        ({"frame": (0, 4)}, "each axis needs 1 to"),
+        ({"frame": (True, 4)}, "two whole numbers"),
+        ({"frame": (4.0, 4)}, "two whole numbers"),
+        ({"frame": (4,)}, "two whole numbers"),
+        ({"frame": "44"}, "two whole numbers"),
+        ({"frame": 4}, "two whole numbers"),
+        ({"offset": 2**63}, "offset"),
+        ({"offset": -1}, "offset"),
+        ({"header": 2**64}, "header"),
+        ({"footer": 1.5}, "footer"),
+        ({"header": True}, "header"),
+        ({"scan": (2**62, 2)}, "9,223,372,036,854,775,808 positions; gpuem takes up to 1,073,741,824"),
+        ({"scan": (2**62, 2), "fit": True}, "positions; gpuem takes up to"),
+        ({"scan": (2**31,), "fit": True}, "positions; gpuem takes up to"),
+        ({"scan": ()}, "whole numbers"),
+        ({"scan": 4}, "whole numbers"),
+        ({"scan": "44"}, "whole numbers"),
+        ({"scan": (True, 4)}, "whole numbers"),
+        ({"scan": (-4, -1)}, "at least one position"),
+        ({"skip": 2**70, "fit": True}, "leaves out all of its 4 frames"),
+        ({"skip": -(2**70), "fit": True}, "positions"),
+        ({"skip": -4, "scan": (4,), "fit": True}, "leaves none of the 4"),
+        ({"skip": 1.5}, "whole number"),
+    ],
+)
+def test_absurd_options_are_refused(tmp_path, options, message):
+    np.zeros((4, 4, 4), "u2").tofile(tmp_path / "a.raw")
+    with pytest.raises(GpuemError, match=message):
+        gpuem.open(tmp_path / "a.raw", **{"frame": (4, 4), "dtype": "u2", **options})
+
+
+@pytest.mark.parametrize(
+    "shape", ["(3, -4, -5)", "(True, 4, 5)", "(2**70, 4, 5)".replace("2**70", str(2**70)), "(-1,)", "(3, -1, 4)"]
+)
+def test_npy_of_impossible_shape(tmp_path, shape):
+    header = f"{{'descr': '<u2', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    path = tmp_path / "a.npy"
+    path.write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(120))
+    for fit in (False, True):
+        with pytest.raises(InputError, match=r"a\.npy: its header is damaged: shape"):
+            gpuem.open(path, fit=fit)
+
+
+def test_npy_that_promises_more_positions_than_can_be(tmp_path):
+    header = f"{{'descr': '<u2', 'fortran_order': False, 'shape': ({2**32}, 2, 2), }}".encode().ljust(117) + b"\n"
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(120))
+    with pytest.raises(InputError, match="4,294,967,296 positions; gpuem takes 1 to 1,073,741,824"):
+        gpuem.open(tmp_path / "a.npy", fit=True)
+
+
+# names of files
+
+
+NAMES = [
+    *("scan[1].npy", "[ab].npy", "100%.npy", "a#b.npy", "Größe µ.npy", "~x.npy", "~.npy", "-x.npy", "what?.npy"),
+    *("star*.npy", "s3:bucket.npy", " lead.npy", "two\nlines.npy", "dir [1]/scan.npy", "~dir/a.npy", "$HOME.npy"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_of_exactly_that_name_is_opened(tmp_path, monkeypatch, name):
+    data = np.arange(3 * 4 * 8 * 8, dtype="u2").reshape(3, 4, 8, 8)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    np.save(tmp_path / name, data)
+    body = (
+        f'[input]\npath = {json.dumps(name)}\n[[analysis]]\nkind = "sum"\n[output]\npath = "o.zarr"\npreviews = false\n'
+    )
+    (tmp_path / "r.toml").write_text(body, encoding="utf-8")
+    for folder, path in ((tmp_path, name), (tmp_path.parent, str(tmp_path / name))):
+        monkeypatch.chdir(folder)
+        np.testing.assert_array_equal(gpuem.open(path)[...], data)
+        results, _ = gpuem.run_recipe(tmp_path / "r.toml", overwrite=True)
+        np.testing.assert_array_equal(results["sum/sum"].data, data.sum((0, 1)))
+
+
+def test_the_home_folder_of_nobody(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=r"~nosuchuser/x\.npy: no file of this name, and no user 'nosuchuser'"):
+        gpuem.open("~nosuchuser/x.npy")
+    (tmp_path / "r.toml").write_text(
+        '[input]\npath="~nosuchuser/x.npy"\n[[analysis]]\nkind="sum"\n[output]\npath="o.zarr"'
+    )
+    with pytest.raises(RecipeError, match="no user 'nosuchuser'"):
+        gpuem.run_recipe(tmp_path / "r.toml")

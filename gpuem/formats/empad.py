@@ -1,8 +1,9 @@
 """EMPAD, first generation: an .xml beside a .raw of 130 x 128 float32 per position.
 
 The last two rows of every frame are the camera's own record, never data. The .xml names the .raw and gives the scan, in
-up to three places that don't always agree (what was set for the next acquisition is written too): the size of the .raw
-decides.
+several places that don't always agree (the settings of both modes, "search" and "acquire", are written whatever was
+recorded): the scan is the entry with as many positions as the .raw has frames. Of several that fit, the one that the
+name of the .raw says is right; without such a name they are an error.
 """
 
 from __future__ import annotations
@@ -48,9 +49,9 @@ def read_header(paths: tuple[Place, ...], *, scan: tuple[int, int] | None = None
     Parameters
     ----------
     paths : tuple of Path or Url
-        The .xml, or the .raw that an .xml beside it names.
+        The .xml, or the .raw: that an .xml beside it names, or alone.
     scan : tuple of int
-        Scan shape (y, x), where the .xml is wrong.
+        Scan shape (y, x), where the .xml is wrong or missing.
     fit : bool
         Go on with the whole frames of a file that is too short for the scan, or leave out what it has too many.
 
@@ -64,12 +65,13 @@ def read_header(paths: tuple[Place, ...], *, scan: tuple[int, int] | None = None
     Raises
     ------
     InputError
-        The .xml is alien or ambiguous, its .raw is missing, or the .raw has more frames than the scan.
+        The .xml is alien or its scans are ambiguous, its .raw is missing, there is no .xml and no `scan`, or the .raw
+        has more frames than the scan.
     TruncatedError
         The .raw ends within a frame or before the scan does.
     """
     (path,) = paths
-    root, raw = _open(path)
+    root, raw, notes = _open(path)
     try:
         file = File.of(raw)
     except OSError as error:
@@ -80,15 +82,12 @@ def read_header(paths: tuple[Place, ...], *, scan: tuple[int, int] | None = None
         whole, rest = whole + 1, 0
     if whole == 0:
         raise InputError(f"{raw}: {file.size} bytes, not one whole frame of {_STRIDE} bytes")
-    candidates = [scan] if scan is not None else _scans(root, raw)
-    if not candidates:
-        raise InputError(f"{path}: says nothing of the scan; its .raw holds {whole} frames: give scan = [y, x]")
-    shape = next((s for s in candidates if math.prod(s) == whole), candidates[0])
-    notes = _check(path, file, shape, whole, rest, fit)
+    shape = scan if scan is not None else _choose_scan(path, root, raw, whole, fit)
+    notes += _check(path, file, shape, whole, rest, fit)
     frames = math.prod(shape)
     count = min(whole, frames)
     piece = Piece(0, (count,), Runs.one(0, count, _STRIDE, _FRAME_BYTES), _STORED)
-    metadata = _metadata(root)
+    metadata = _metadata(root, shape) if root is not None else {}
     return Source(
         "empad",
         (file,),
@@ -121,13 +120,15 @@ def _check(path: Place, file: File, shape: tuple[int, ...], whole: int, rest: in
     raise InputError(f"{message}; give scan = [y, x], or set fit = true to leave out the last {whole - frames}")
 
 
-def _open(path: Place) -> tuple[ET.Element, Place]:
-    """The .xml's root and the .raw it names."""
+def _open(path: Place) -> tuple[ET.Element | None, Place, list[str]]:
+    """The .xml's root (None where there is no .xml), the .raw, and notes."""
     if path.suffix.lower() != ".xml":
         named = _naming(path)
-        if len(named) != 1:
-            found = ", ".join(p.name for p in named) or "none"
+        if len(named) > 1:
+            found = ", ".join(p.name for p in named)
             raise InputError(f"{path}: {len(named)} .xml files beside it name it ({found}); give the right one")
+        if not named:
+            return None, path, [f"{path}: no .xml beside it names it: no metadata, no calibration"]
         path = named[0]
     try:
         root = _parse(path)
@@ -136,7 +137,10 @@ def _open(path: Place) -> tuple[ET.Element, Place]:
     name = _raw_name(root) if root is not None else None
     if root is None or name is None:
         raise InputError(f"{path}: not an EMPAD header: no <raw_file filename=...> in it")
-    return root, path.with_name(name)
+    raw, renamed = path.with_name(name), path.with_suffix(".raw")
+    if not raw.is_file() and renamed.is_file():
+        return root, renamed, [f"{path}: names {name}, which is missing; {renamed.name} of the same name as it is read"]
+    return root, raw, []
 
 
 def _parse(path: Place) -> ET.Element | None:
@@ -174,21 +178,72 @@ def _naming(raw: Place) -> list[Place]:
     return found
 
 
-def _scans(root: ET.Element, raw: Place) -> list[tuple[int, ...]]:
-    """Scan shapes that the .xml gives, the likeliest first: series, pix_y and pix_x, the .raw's name, what was set."""
+def lone_frames(path: Place) -> tuple[int, tuple[int, int] | None]:
+    """Frames of a file that has the size of an EMPAD .raw, else 0; and the scan that its name says, if it fits."""
+    whole, rest = divmod(path.stat().st_size, _STRIDE)
+    named = _scan_of_name(path)
+    return (0, None) if rest else (whole, named if named and math.prod(named) == whole else None)
+
+
+def _choose_scan(path: Place, root: ET.Element | None, raw: Place, whole: int, fit: bool) -> tuple[int, ...]:
+    """The scan that fits the number of whole frames; of a .raw that is cut, the likeliest one.
+
+    Raises
+    ------
+    InputError
+        There is none, or more than one that fits.
+    """
+    named = _scan_of_name(raw)
+    if root is None:
+        if named and (math.prod(named) == whole or fit):
+            return named
+        raise InputError(
+            f"{path}: {whole} frames of 130x128 float32, and no .xml beside it names it: give scan = [y, x]"
+            + (f" (its name says {named[0]} x {named[1]} = {math.prod(named)} positions)" if named else "")
+        )
+    entries = _scans(root)
+    if named:
+        entries.setdefault(named, "its name")
+    if not entries:
+        raise InputError(f"{path}: says nothing of the scan; its .raw holds {whole} frames: give scan = [y, x]")
+    fitting = [shape for shape in entries if math.prod(shape) == whole]
+    if named in fitting:
+        return named
+    if len(fitting) > 1:
+        listed = " and ".join(f"{list(shape)} ({entries[shape]})" for shape in fitting)
+        raise InputError(
+            f"{path}: {raw.name} has {whole} frames, which fit {len(fitting)} of its scans: {listed}; "
+            "give the right one as scan = [y, x]"
+        )
+    return fitting[0] if fitting else next(iter(entries))
+
+
+def _scan_of_name(raw: Place) -> tuple[int, int] | None:
+    """The scan (y, x) in the name that the camera's software gives its files: ``scan_x16_y128.raw``."""
+    match = re.fullmatch(r".*_x([0-9]{1,6})_y([0-9]{1,6})", raw.stem)
+    shape = (int(match[2]), int(match[1])) if match else (0, 0)
+    return shape if min(shape) > 0 else None
+
+
+def _scans(root: ET.Element) -> dict[tuple[int, ...], str]:
+    """Scan shapes that the .xml gives, each with its place in it, the likeliest first."""
     parameters = root.findall("scan_parameters")
-    acquire = [p for p in parameters if p.get("mode") in (None, "acquire")]
-    found: list[tuple[int, ...]] = [(n,) for p in acquire if (n := _count(p, "series_count"))]
-    y, x = _count(root, "pix_y"), _count(root, "pix_x")
-    if y and x:
-        found.append((y, x))
-    if match := re.fullmatch(r".*_x([0-9]{1,6})_y([0-9]{1,6})", raw.stem):
-        found.append((int(match[2]), int(match[1])))
-    for p in acquire:
-        y, x = _count(p, "scan_resolution_y"), _count(p, "scan_resolution_x")
+    # of a file that is cut, the mode for recording is likelier than the one for looking
+    parameters.sort(key=lambda p: p.get("mode") not in (None, "acquire"))
+    found: dict[tuple[int, ...], str] = {}
+    places = [(f"scan_parameters mode={p.get('mode', 'none')}", p) for p in parameters]
+    for where, p in places:
+        if n := _count(p, "series_count"):
+            found.setdefault((n,), f"series_count of {where}")
+    for where, p, tags in [
+        ("pix_y, pix_x", root, ("pix_y", "pix_x")),
+        # a series was recorded at one place, whatever the scan was set to
+        *((w, p, ("scan_resolution_y", "scan_resolution_x")) for w, p in places if not _count(p, "series_count")),
+    ]:
+        y, x = (_count(p, tag) for tag in tags)
         if y and x:
-            found.append((y, x))
-    return [shape for shape in found if min(shape) > 0]
+            found.setdefault((y, x), where)
+    return found
 
 
 def _count(element: ET.Element, tag: str) -> int | None:
@@ -197,7 +252,7 @@ def _count(element: ET.Element, tag: str) -> int | None:
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
-def _metadata(root: ET.Element) -> dict[str, Any]:
+def _metadata(root: ET.Element, shape: tuple[int, ...]) -> dict[str, Any]:
     """What the .xml says, as plain values; lengths in m, energy in keV, the exposure as the camera counts it (ms)."""
     texts = {element.tag: element.text.strip() for element in root.iter() if element.text}
     found: dict[str, Any] = {}
@@ -213,7 +268,7 @@ def _metadata(root: ET.Element) -> dict[str, Any]:
     elif "optics.get_full_scan_field_of_view" in texts:
         found["field_of_view_m"] = texts["optics.get_full_scan_field_of_view"]
     for p in root.findall("scan_parameters"):
-        if p.get("mode") == "acquire" and p.findtext("scan_size"):
+        if (_count(p, "scan_resolution_y"), _count(p, "scan_resolution_x")) == shape and p.findtext("scan_size"):
             found["scan_size"] = p.findtext("scan_size")
     timestamp = root.find("timestamp")
     found["timestamp"] = timestamp.get("isoformat") if timestamp is not None else None

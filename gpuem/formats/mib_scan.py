@@ -21,6 +21,7 @@ from gpuem.formats.remote import Place
 # lines in which exposure times are compared, and by which factor a flyback frame's differs at least
 _LINES = 8
 _RATIO = 1.25
+_INCOMPLETE = "are files missing, was the acquisition stopped? Set fit = true to go on without the rest"
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,7 @@ def find_scan(
     """
     shape, skipped = _promised(fields, frames)
     if skipped:
-        needed = shape[0] * (shape[1] + skipped) - skipped
-        if frames >= needed or fit:
-            return _without_flyback(path, files, frames, (shape[0], shape[1]), skipped, scan, fit=fit)
-        raise TruncatedError(
-            f"{path}: promises {shape[0]} lines of {shape[1]} positions and {skipped} flyback frames, "
-            f"{needed + skipped} frames; the files hold {frames}: are files missing, was the acquisition stopped? "
-            "Set fit = true to go on without the rest",
-            frames,
-        )
+        return _without_flyback(path, files, frames, (shape[0], shape[1]), skipped, scan, fit=fit)
     promised = math.prod(shape)
     if promised == frames or promised <= 0:
         return (shape if promised > 0 else (frames,)), None, []
@@ -122,10 +115,7 @@ def find_scan(
     whole = sum(f.whole for f in files)
     message = f"{path}: promises {promised} frames {shape}, the files hold {whole} whole ones"
     if not fit:
-        raise TruncatedError(
-            f"{message}; are files missing, was the acquisition stopped? Set fit = true to go on without the rest",
-            whole,
-        )
+        raise TruncatedError(f"{message}; {_INCOMPLETE}", whole)
     return shape, None, [message]
 
 
@@ -162,6 +152,12 @@ def _without_flyback(
     """The scan without its flyback frames, unless the user's scan has a position for each of them."""
     rows, columns = shape
     recorded = columns + skipped
+    if frames < rows * recorded - skipped and not fit:
+        raise TruncatedError(
+            f"{path}: promises {rows} lines of {columns} positions and {skipped} flyback frames, {rows * recorded} "
+            f"frames; the files hold {frames}; {_INCOMPLETE}",
+            frames,
+        )
     if scan is not None and (math.prod(scan) == frames or (fit and scan[-1] == recorded)):
         return (
             scan,

@@ -13,6 +13,9 @@ from gpuem.formats.raw import native_type, pixel_type
 from gpuem.formats.remote import Place
 from gpuem.formats.source import File, Piece, Runs, Source, Strided
 
+# more can't be counted in 64-bit file offsets
+_MOST_PIXELS = 1 << 58
+
 
 def read_header(paths: tuple[Place, ...], *, fit: bool = False) -> Source:
     """Describe a .npy file whose last two axes are the detector (y, x).
@@ -34,6 +37,9 @@ def read_header(paths: tuple[Place, ...], *, fit: bool = False) -> Source:
     (path,) = paths
     file = File.of(path)
     shape, fortran, stored, offset = _parse(path)
+    # NumPy's reader accepts negative and boolean entries
+    if any(isinstance(n, bool) or n < 0 for n in shape) or math.prod(shape) > _MOST_PIXELS:
+        raise InputError(f"{path}: its header is damaged: shape {shape}")
     if len(shape) < 2:
         raise InputError(f"{path}: shape {shape} has no frames; at least (y, x) is needed")
     nav, frame = shape[:-2] or (1,), (shape[-2], shape[-1])

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from gpuem.errors import InputError, RecipeError, TruncatedError
+from gpuem.formats import empad
 from gpuem.formats.remote import Place
 from gpuem.formats.source import File, Piece, Runs, Source
+
+# no detector is larger along one axis
+LARGEST_AXIS = 1 << 20
+# offsets and headers beyond this are mistakes, and would not fit 64-bit file offsets
+_MOST_BYTES = 1 << 60
 
 
 def read_header(
@@ -46,12 +53,14 @@ def read_header(
         A file ends within a frame.
     """
     if frame is None or dtype is None:
-        raise RecipeError(f'{paths[0]}: a raw file says nothing of itself; give frame = [256, 256], dtype = "uint16"')
+        raise RecipeError(
+            f'{paths[0]}: a raw file says nothing of itself; give frame = [256, 256], dtype = "uint16"' + _hint(paths)
+        )
     stored = pixel_type(dtype)
-    if len(frame) != 2:
-        raise RecipeError(f"frame {list(frame)}: needed are two numbers, (y, x)")
-    if min(*frame, 1) < 1 or min(offset, header, footer) < 0:
-        raise RecipeError(f"frame {frame}, offset {offset}, header {header}, footer {footer}: must not be negative")
+    frame = _frame_shape(frame)
+    for key, value in (("offset", offset), ("header", header), ("footer", footer)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 0 <= value <= _MOST_BYTES:
+            raise RecipeError(f"{key} {value!r}: needed is a number of bytes, 0 to {_MOST_BYTES:,}")
     frame_bytes = math.prod(frame) * stored.itemsize
     stride = header + frame_bytes + footer
     files = tuple(File.of(path) for path in paths)
@@ -68,6 +77,30 @@ def read_header(
     if not pieces:
         raise InputError(f"{paths[0]}: {files[0].size} bytes, not one whole frame of {frame_bytes} bytes")
     return Source("raw", files, tuple(pieces), total, frame, native_type(stored), (total,), notes=tuple(notes))
+
+
+def _frame_shape(frame: Sequence[int]) -> tuple[int, int]:
+    """The detector shape as it is given; raises RecipeError unless it is one."""
+    whole = isinstance(frame, Sequence) and all(
+        isinstance(n, int | np.integer) and not isinstance(n, bool) for n in frame
+    )
+    if not whole or len(frame) != 2:
+        raise RecipeError(f"frame {frame!r}: needed are two whole numbers, (y, x), such as (256, 256)")
+    y, x = (int(n) for n in frame)
+    if not (1 <= y <= LARGEST_AXIS and 1 <= x <= LARGEST_AXIS):
+        raise RecipeError(f"frame ({y}, {x}): each axis needs 1 to {LARGEST_AXIS:,} pixels")
+    return y, x
+
+
+def _hint(paths: Sequence[Place]) -> str:
+    """What else a file of unknown content may be, by its size."""
+    frames, scan = empad.lone_frames(paths[0]) if len(paths) == 1 else (0, None)
+    if not frames:
+        return ""
+    given = f"scan = [{scan[0]}, {scan[1]}] as its name says" if scan else f"scan = [y, x] of {frames} positions"
+    return (
+        f'. It has the size of {frames} EMPAD frames (130x128 float32): if it is one, give format = "empad" and {given}'
+    )
 
 
 def _whole_frames(file: File, what: str, offset: int, stride: int, needed: int, fit: bool) -> tuple[int, bool, str]:
@@ -91,7 +124,8 @@ def pixel_type(name: str) -> np.dtype[np.generic]:
     """The type of a pixel by its NumPy name; raises RecipeError unless it is a real number."""
     try:
         dtype = np.dtype(name)
-    except TypeError:
+    except (TypeError, ValueError, SyntaxError, OverflowError, MemoryError, RecursionError):
+        # NumPy reads more than names of types: "(2,)u1", "u1,f4", ","
         raise RecipeError(f'dtype {name!r} is not a type; write it as NumPy does: "uint16", ">u2", "<f4"') from None
     if dtype.kind not in "uifb" or dtype.itemsize > 8:
         raise RecipeError(f"dtype {name!r}: pixels must be integers or floats of at most 8 bytes")

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuem.errors import GpuemError
+from gpuem.errors import GpuemError, RecipeError
 from gpuem.formats import stores
 from gpuem.formats.stores import Facts
 
@@ -127,10 +127,35 @@ def place(path: str | os.PathLike[str] | Url) -> Place:
     """Where data lies: a path, or a URL of a known kind."""
     if isinstance(path, Url):
         return path
+    made = parse_place(path)
+    return made if isinstance(made, Url) else expand_home(made)
+
+
+def parse_place(path: str | os.PathLike[str]) -> Place:
+    """A path as it is written, or a URL of a known kind."""
     text = os.fspath(path)
     # a URL that went through a Path has lost a slash
     found = _URL.match(text)
-    return Url(f"{found[1].lower()}://{text[found.end() :]}") if found else Path(path).expanduser()
+    return Url(f"{found[1].lower()}://{text[found.end() :]}") if found else Path(path)
+
+
+def expand_home(path: Path, folder: Path = Path()) -> Path:
+    """Replace a leading ``~`` by the home folder, unless a file of exactly this name is in `folder`.
+
+    Raises
+    ------
+    RecipeError
+        There is no such user.
+    """
+    if not str(path).startswith("~") or os.path.lexists(folder / path):
+        return path
+    try:
+        return path.expanduser()
+    except (RuntimeError, KeyError, ValueError):
+        raise RecipeError(
+            f"{path}: no file of this name, and no user {path.parts[0][1:]!r} whose home folder it could mean; "
+            f"for a file of this name write ./{path}"
+        ) from None
 
 
 class Stream(io.RawIOBase):
