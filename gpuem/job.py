@@ -20,6 +20,7 @@ from gpuem.dataset import Dataset
 from gpuem.errors import DataError, PlanError, RecipeError
 from gpuem.executors import Crew, local
 from gpuem.executors.dispatch import no_report
+from gpuem.executors.memory import available_memory
 from gpuem.identity import version
 from gpuem.keeping import Progress
 from gpuem.look import sample, sample_nbytes
@@ -302,7 +303,7 @@ def look(
     _check(analyses)
     if not any(isinstance(analysis, Looking) for analysis in analyses):
         return [a for a in analyses if not isinstance(a, Looking)]
-    nbytes, allowed = tiles.BASE_NBYTES + sample_nbytes(ds), local.available_memory() if memory is None else memory
+    nbytes, allowed = tiles.BASE_NBYTES + sample_nbytes(ds), available_memory() if memory is None else memory
     if nbytes > allowed:
         raise PlanError(
             f"looking at a sample of the frames needs {nbytes / 1e6:,.0f} MB and the run may take {allowed / 1e6:,.0f} "
@@ -363,7 +364,7 @@ def _check(analyses: Sequence[Asked]) -> None:
 
 def _allowed(options: recipe.Run) -> int:
     """Bytes of host memory that the run may take."""
-    return recipe.parse_memory(options.memory) if options.memory is not None else local.available_memory()
+    return recipe.parse_memory(options.memory) if options.memory is not None else available_memory()
 
 
 def _map_nbytes(analysis: Analysis, view: View) -> int:

@@ -349,7 +349,7 @@ def test_workers_of_one_machine_share_its_memory_and_processors(data):
     made = job.prepare(ds, analyses(), recipe.run_section(device="cpu"))
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dask_shards.local, "available_memory", lambda: 800)
+        patch.setattr(dask_shards.memory, "available_memory", lambda processes: 800 // processes)
         patch.setattr(dask_shards.tiles, "Limits", lambda *given: seen.append(given) or SimpleNamespace())
         backend = SimpleNamespace(NAME="cuda", prepare=lambda *_: None, plan=lambda *_: None)
         patch.setattr(dask_shards.backends, "select", lambda device: backend)

@@ -22,7 +22,7 @@ from gpuem import backends, engine, identity, recipe, tiles
 from gpuem.backends import Weights
 from gpuem.engine import Job, Partial, StoppedError
 from gpuem.errors import DeviceError, GpuemError, InputError, ReadError
-from gpuem.executors import copies, local
+from gpuem.executors import copies, local, memory
 from gpuem.executors.dispatch import Task
 from gpuem.formats.remote import Url
 from gpuem.formats.source import Calls, Resident, Source
@@ -285,7 +285,7 @@ def unpacked(parcel: Parcel, threads: int, neighbours: int) -> Job:
         # they read for the GPU
         threads = options.threads or max(1, local.cpus() // neighbours)
     prepared = backend.prepare(sum(parcel.weights, Weights()), source.frame_shape, source.dtype)
-    allowed = local.available_memory() // neighbours
+    allowed = memory.available_memory(neighbours)
     if options.memory is not None:
         allowed = recipe.parse_memory(options.memory)
     on_device = None

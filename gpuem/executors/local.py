@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
-from pathlib import Path
 from types import FrameType
 
 from gpuem.engine import Job, Partial, StoppedError, in_order, run_shard
@@ -215,18 +214,3 @@ def cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def available_memory() -> int:
-    """80 % of the memory that is free for new use, the control group's limit respected, in bytes."""
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if Path("/proc/meminfo").exists():
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-    # version 2 of control groups, and version 1, which writes a huge number for "no limit"
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        limit = Path("/sys/fs/cgroup") / name
-        text = limit.read_text(encoding="ascii").strip() if os.access(limit, os.R_OK) else "max"
-        free = min(free, int(text)) if text.isdigit() else free
-    return int(0.8 * free)
