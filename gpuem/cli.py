@@ -6,7 +6,6 @@ import atexit
 import gc
 import logging
 import os
-import signal
 import sys
 import time
 import tomllib
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from gpuem import interrupts
 from gpuem.cli_report import (
     check_many,
     check_one,
@@ -110,7 +110,6 @@ def _run_many(campaign: Campaign, *, overwrite: bool, resume: bool) -> None:
     """Run all data sets of a recipe; the exit code says what became of them."""
     from gpuem import many
 
-    signal.signal(signal.SIGTERM, _stop)
     ended: list[Outcome] = []
     stopped = False
     try:
@@ -148,7 +147,6 @@ def _rank(recipe: Path, changes: dict[str, Any]) -> Any:
     ranks.choose_gpu(os.environ)
     if rank.number == 0:
         return rank
-    signal.signal(signal.SIGTERM, _stop)
     try:
         rank_job.assist(recipe, rank, **changes)
     except KeyboardInterrupt as error:
@@ -300,12 +298,11 @@ def demo(folder: Annotated[Path, typer.Argument(help="Where to write the demo; i
 def _run(recipe: Path, **options: Any) -> tuple[Results, Path]:
     from gpuem import job, rank_job
 
-    signal.signal(signal.SIGTERM, _stop)
     run = rank_job.lead if "rank" in options else job.run_recipe
     try:
         found, where = run(recipe, watch=Progress, **options)
-    except KeyboardInterrupt:
-        err.print("stopped; run it again with --resume")
+    except KeyboardInterrupt as error:
+        err.print(f"{interrupts.describe(error)}; run it again with --resume")
         raise typer.Exit(RESUMABLE) from None
     # as it was run, not as the file may read by now
     asked = tomllib.loads(found.provenance["recipe"])
@@ -314,20 +311,21 @@ def _run(recipe: Path, **options: Any) -> tuple[Results, Path]:
     return found, where
 
 
-def _stop(number: int, frame: object) -> None:
-    # schedulers send it before the time limit, perhaps twice: what is being saved then is saved
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt("stopped by SIGTERM")
-
-
 def main() -> None:
-    """Entry point: errors of gpuem become one message and exit code 2."""
+    """Run a command: errors of gpuem become one message and exit code 2, signals exit code 75."""
+    interrupts.install()
     # a short process makes hundreds of thousands of lasting objects by importing: looking through them again and again
     # for garbage, and once more at the end, takes a quarter of its time
     gc.set_threshold(500_000, 50, 100)
     atexit.register(gc.freeze)
     try:
         app(standalone_mode=True)
+    except SystemExit as ended:
+        if ended.code not in (1, 130) or not interrupts.received():
+            raise
+        # Click makes 1 of a KeyboardInterrupt that no command caught
+        err.print(f"{interrupts.describe()} before anything was begun")
+        sys.exit(RESUMABLE)
     except ResumableError as error:
         err.print(f"[bold yellow]ended early:[/bold yellow] {escape(str(error))}")
         sys.exit(RESUMABLE)

@@ -46,8 +46,9 @@ AFTER = [
     "demo",
     "cli_report",
     "cli",
+    "__main__",
 ]
-EVERYWHERE = ["errors", "axes", "atomic"]
+EVERYWHERE = ["errors", "axes", "atomic", "interrupts"]
 
 
 def modules():
