@@ -6,7 +6,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, Literal
@@ -21,6 +21,8 @@ from gpuem.formats.source import Box, Chunks, Piece, Runs, Source
 from gpuem.storage.host import Files
 
 OnError = Literal["stop", "mask"]
+# images over frames that wait in memory for their turn, where they can be read again
+WAITING_NBYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -273,8 +275,8 @@ class Totals:
         Bytes of decoded frames that were used.
     seconds : dict of str to float
         Time per stage, summed over threads.
-    waiting : dict of int to (total, maximum)
-        Images over frames of float data that came before their turn, by shard.
+    waiting : dict of int to (total, maximum) or None
+        Images over frames of float data that came before their turn, by shard; None: to be read when its turn comes.
     turn : int
         The shard whose image over frames comes next.
     """
@@ -284,15 +286,25 @@ class Totals:
     lost: list[Lost] = field(default_factory=list)
     nbytes: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    waiting: dict[int, tuple[NDArray[Any], NDArray[Any]]] = field(default_factory=dict)
+    waiting: dict[int, tuple[NDArray[Any], NDArray[Any]] | None] = field(default_factory=dict)
     turn: int = 0
 
 
-def combine(job: Job, partials: Iterable[Partial]) -> Totals:
-    """Put the partial results of all shards, in whatever order they come, where they belong."""
+def combine(job: Job, partials: Iterable[Partial], read: Callable[[int], Partial] | None = None) -> Totals:
+    """Put the partial results of all shards, in whatever order they come, where they belong.
+
+    Parameters
+    ----------
+    job : Job
+        The run.
+    partials : iterable of Partial
+        The results.
+    read : callable
+        Returns the result of a shard again, from disk: then few images wait in memory for their turn.
+    """
     totals = _empty_totals(job)
     for partial in partials:
-        _add(job, totals, partial)
+        _add(job, totals, partial, read)
     totals.lost.sort(key=lambda item: int(item.indices[0]))
     return totals
 
@@ -322,21 +334,36 @@ def in_order(job: Job) -> bool:
     return job.prepared.dtype.kind == "f" and bool(job.prepared.weights.total or job.prepared.weights.maximum)
 
 
-def _add(job: Job, totals: Totals, partial: Partial) -> None:
+def _add(job: Job, totals: Totals, partial: Partial, read: Callable[[int], Partial] | None = None) -> None:
     sums, part = totals.sums, partial.sums
     for name in ("masks", "images", "moments"):
         getattr(sums, name)[partial.positions] = getattr(part, name)
     for rows, found in zip(sums.fits, part.fits, strict=True):
         rows[partial.positions] = found
-    totals.waiting[partial.shard] = part.total, part.maximum
-    while (now := totals.turn if in_order(job) else next(iter(totals.waiting), -1)) in totals.waiting:
-        _add_images(totals, *totals.waiting.pop(now))
-        totals.turn += 1
+    if in_order(job):
+        _add_in_order(totals, partial, read)
+    else:
+        _add_images(totals, part.total, part.maximum)
     totals.valid[partial.positions] = True
     totals.lost.extend(partial.lost)
     totals.nbytes += partial.positions.size * job.source.frame_nbytes
     for stage, seconds in partial.seconds.items():
         totals.seconds[stage] = totals.seconds.get(stage, 0.0) + seconds
+
+
+def _add_in_order(totals: Totals, partial: Partial, read: Callable[[int], Partial] | None) -> None:
+    """Add images over frames shard by shard; one that comes before its turn waits, in memory or on disk."""
+    images = partial.sums.total, partial.sums.maximum
+    full = sum(image.nbytes for pair in totals.waiting.values() if pair for image in pair) > WAITING_NBYTES
+    totals.waiting[partial.shard] = None if full and read and partial.shard != totals.turn else images
+    while totals.turn in totals.waiting:
+        pair = totals.waiting.pop(totals.turn)
+        if pair is None and read:
+            sums = read(totals.turn).sums
+            pair = sums.total, sums.maximum
+        if pair:
+            _add_images(totals, *pair)
+        totals.turn += 1
 
 
 def _add_images(totals: Totals, total: NDArray[Any], maximum: NDArray[Any]) -> None:

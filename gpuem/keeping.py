@@ -48,7 +48,7 @@ def run(job: Job, crew: Crew, folder: RunFolder, progress: Progress | None = Non
     with resumable(folder, job, store), closing(_partials(job, crew, folder, store)) as partials:
         with _writing(store):
             store.begin()
-        totals = combine(job, told(partials, progress))
+        totals = combine(job, told(partials, progress), store.read)
     if done:
         job.facts["kept_shards"] = done
     folder.report("finish", seconds=round(time.monotonic() - began, 3), done=len(job.plan.shards))

@@ -35,7 +35,7 @@ BEAT = 2.0
 # all that a run leaves in its folder, beside finished shards
 _LASTING = (
     *("run.json", "looked.pkl", "launch.json", "timeline.png", "events.jsonl", "events-[0-9]*.jsonl"),
-    *("alive", "alive-[0-9]*", "lock", "lock-[0-9]*", "rank-[0-9]*"),
+    *("alive", "alive-[0-9]*", "lock", "lock-[0-9]*", "rank-[0-9]*", "claim-*"),
 )
 log = logging.getLogger("gpuem")
 
@@ -152,7 +152,9 @@ class RunFolder:
     def clear(self) -> None:
         """Forget what an earlier run left here."""
         # what says how to go on first: whatever stops this, nothing half removed is taken for a run
-        self._remove("run.json", "looked.pkl", "events.jsonl", "events-[0-9]*.jsonl", "rank-[0-9]*", "launch.json")
+        self._remove(
+            "run.json", "looked.pkl", "events.jsonl", "events-[0-9]*.jsonl", "rank-[0-9]*", "claim-*", "launch.json"
+        )
         with self._writing:
             os.close(self._log)
             self._log = _open_log(self._events)
@@ -161,7 +163,7 @@ class RunFolder:
         """Remove what only a resumed run would need."""
         with contextlib.suppress(OSError, OutputError):
             say_over(self.path)
-            self._remove("looked.pkl", "lock", "lock-[0-9]*", "rank-[0-9]*")
+            self._remove("looked.pkl", "lock", "lock-[0-9]*", "rank-[0-9]*", "claim-*")
 
     def _remove(self, *patterns: str) -> None:
         """Remove finished shards and these files, and the folder unless somebody else's lie in it."""

@@ -73,7 +73,7 @@ class Model(RuleBasedStateMachine):
         return {worker for worker, t in at if self.now - t > self.limit()}
 
     def in_window(self, shard):
-        return self.ahead is None or shard < min(self.open) + self.ahead
+        return self.ahead is None or self.shards.index(shard) < self.shards.index(min(self.open)) + self.ahead
 
     def for_this(self, shard, worker):
         if shard not in self.open or self.where(shard) or self.due[shard] > self.now or not self.in_window(shard):
@@ -445,3 +445,23 @@ def test_a_shard_that_is_given_back_keeps_its_pause():
     real.give_back([0], "a")
     assert real.take("a", 10.1) is None
     assert real.take("a", 10.6) == Task(0, 2)
+
+
+def test_further_shards_are_asked_for_when_all_are_handed_out():
+    batches = [[4, 5], [9], []]
+    real = Dispatch([1], more=lambda: batches.pop(0), ahead=2)
+    assert real.take("a", 0.0).shard == 1
+    assert real.take("b", 0.0).shard == 4
+    # 5 comes two places after 1, which isn't done
+    assert real.take("c", 0.0) is None
+    assert real.done(1, "a", 1.0)
+    assert real.take("a", 1.0).shard == 5
+    for shard, worker in ((4, "b"), (5, "a")):
+        assert real.done(shard, worker, 2.0)
+    assert not real.finished
+    assert real.take("a", 2.0).shard == 9
+    assert real.done(9, "a", 3.0)
+    assert not real.finished
+    assert real.take("b", 3.0) is None
+    assert real.finished
+    assert (real.count, batches) == (4, [])

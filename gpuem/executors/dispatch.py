@@ -74,7 +74,8 @@ class Dispatch:
     shards : iterable of int
         What is to be done.
     ahead : int
-        No shard is begun that is so far behind the first unfinished one: what must be combined in order stays small.
+        No shard is begun that comes so many of these shards after the first unfinished one: what must be combined in
+        order stays small.
     patience : float
         Seconds for which a shard is tried again.
     mask : bool
@@ -83,6 +84,9 @@ class Dispatch:
         Hosts that hold the data of a shard; they get it first.
     report : callable
         Told of everything that goes wrong: ``report("retry", shard=3, ...)``.
+    more : callable
+        Asked for further shards, larger ones than before, when all that are known are handed out; returns none where
+        there are no more.
     """
 
     def __init__(
@@ -94,10 +98,13 @@ class Dispatch:
         mask: bool = False,
         near: Mapping[int, Iterable[str]] | None = None,
         report: Report = no_report,
+        more: Callable[[], Iterable[int]] | None = None,
     ) -> None:
         self._order = sorted(shards)
+        self._more = more
         self._ahead, self._patience, self._mask, self._report = ahead, patience, mask, report
         self._open = set(self._order)
+        self._place = {shard: k for k, shard in enumerate(self._order)}
         self.count = len(self._order)
         self._ready: dict[str, list[int]] = {"": list(self._order)}
         self._near = {shard: frozenset(hosts) for shard, hosts in (near or {}).items()}
@@ -118,8 +125,8 @@ class Dispatch:
 
     @property
     def finished(self) -> bool:
-        """Whether every shard is done."""
-        return not self._open
+        """Whether every shard is done, and no more come."""
+        return not self._open and self._more is None
 
     @property
     def waiting(self) -> int:
@@ -137,6 +144,8 @@ class Dispatch:
             self._wait(heapq.heappop(self._later)[1])
         shard = self._next(worker, host, now) if host else None
         shard = self._next(worker, "", now) if shard is None else shard
+        if shard is None and not self._waiting and self._add_more():
+            shard = self._next(worker, "", now)
         shard = self._hanging(worker, now) if shard is None else shard
         if shard is None:
             return None
@@ -243,6 +252,20 @@ class Dispatch:
         due = self._later[0][0] - now if self._later else longest
         return min(max(due, 0.01), longest)
 
+    def _add_more(self) -> bool:
+        """Take in further shards; False where there are none, now and for ever."""
+        shards = [] if self._more is None else sorted(self._more())
+        if not shards:
+            self._more = None
+            return False
+        self._place.update({shard: k for k, shard in enumerate(shards, start=self.count)})
+        self._order += shards
+        self.count += len(shards)
+        self._open.update(shards)
+        for shard in shards:
+            self._wait(shard)
+        return True
+
     def _next(self, worker: str, host: str, now: float) -> int | None:
         """The first shard in a queue that waits, may begin, and didn't just fail on this worker."""
         queue = self._ready.get(host, [])
@@ -252,7 +275,7 @@ class Dispatch:
             shard = heapq.heappop(queue)
             if shard not in self._waiting:
                 continue
-            if self._ahead is not None and shard >= self._lowest() + self._ahead:
+            if self._ahead is not None and self._place[shard] >= self._lowest() + self._ahead:
                 passed.append(shard)
                 break
             trouble = self._trouble.get(shard)
@@ -266,10 +289,10 @@ class Dispatch:
         return found
 
     def _lowest(self) -> int:
-        """The first unfinished shard."""
+        """How many shards come before the first unfinished one."""
         while self._order[self._first] not in self._open:
             self._first += 1
-        return self._order[self._first]
+        return self._first
 
     def _hanging(self, worker: str, now: float) -> int | None:
         """A shard that seems to hang on another worker, and on no more than one."""

@@ -8,7 +8,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from types import FrameType
 
 from gpuem.engine import Job, Partial, StoppedError, in_order, run_shard
@@ -22,7 +22,12 @@ ENDING = 10.0
 _READING = ("gpuem.storage.", "gpuem.formats.")
 
 
-def run(job: Job, shards: Iterable[int] | None = None, report: Report = no_report) -> Generator[Partial]:
+def run(
+    job: Job,
+    shards: Iterable[int] | None = None,
+    report: Report = no_report,
+    more: Callable[[], Iterable[int]] | None = None,
+) -> Generator[Partial]:
     """Run shards of a job, yield their results as they end.
 
     Parameters
@@ -33,6 +38,8 @@ def run(job: Job, shards: Iterable[int] | None = None, report: Report = no_repor
         Which; by default all.
     report : callable
         Told of shards that are tried again and the like; see `gpuem.executors.dispatch.Dispatch`.
+    more : callable
+        Asked for further shards when all are handed out; see there.
 
     Raises
     ------
@@ -46,30 +53,32 @@ def run(job: Job, shards: Iterable[int] | None = None, report: Report = no_repor
         patience=job.patience,
         mask=job.on_error == "mask",
         report=report,
+        more=more,
     )
     if job.backend.NAME == "cuda":
         yield from _on_device(job, dispatch)
     else:
-        yield from _on_threads(job, dispatch)
+        yield from _on_threads(job, dispatch, more is not None)
 
 
-def _on_threads(job: Job, dispatch: Dispatch) -> Generator[Partial]:
+def _on_threads(job: Job, dispatch: Dispatch, more: bool) -> Generator[Partial]:
     # bounded: who computes waits for who combines
     outcomes: queue.Queue[Partial | BaseException] = queue.Queue(job.plan.threads)
     changed = threading.Condition()
     # a thread that hangs in a read must not keep the process from ending
     threads = [
         threading.Thread(target=_work, args=(job, dispatch, changed, outcomes), name=f"gpuem-{k}", daemon=True)
-        for k in range(min(job.plan.threads, dispatch.count))
+        for k in range(job.plan.threads if more else min(job.plan.threads, dispatch.count))
     ]
     for thread in threads:
         thread.start()
     stuck: dict[int, tuple[FrameType, float]] = {}
-    left = dispatch.count
+    done = 0
     try:
-        while left:
+        while _unfinished(dispatch, changed, done):
             try:
-                outcome = outcomes.get(timeout=LOOK)
+                # a thread that asks for further shards is not waited for long
+                outcome = outcomes.get(timeout=0.01 if done == dispatch.count else LOOK)
             except queue.Empty:
                 if job.stop.is_set():
                     raise StoppedError from None
@@ -77,7 +86,7 @@ def _on_threads(job: Job, dispatch: Dispatch) -> Generator[Partial]:
                 continue
             if isinstance(outcome, BaseException):
                 raise outcome
-            left -= 1
+            done += 1
             yield outcome
     finally:
         # shards in work stop at their next tile: after an error, Ctrl-C, or where two threads had the same shard
@@ -92,6 +101,12 @@ def _on_threads(job: Job, dispatch: Dispatch) -> Generator[Partial]:
             # who waits for room to hand over a shard is let go
             with contextlib.suppress(queue.Empty):
                 outcomes.get(timeout=0.005)
+
+
+def _unfinished(dispatch: Dispatch, changed: threading.Condition, done: int) -> bool:
+    """Whether results are still to come beyond those that were handed over."""
+    with changed:
+        return done < dispatch.count or not dispatch.finished
 
 
 def _refuse_stuck(threads: list[threading.Thread], stuck: dict[int, tuple[FrameType, float]], patience: float) -> None:

@@ -1,18 +1,21 @@
-"""Processes that a launcher numbered (srun, mpirun, torchrun), without any server: each takes every n-th shard.
+"""Processes that a launcher numbers (srun, mpirun, torchrun), without any server: each runs shards until none is left.
 
 They meet in the run folder, on a file system that all of them see. Rank 0 looks and plans, and says so in
-``launch.json``; every other rank then writes its finished shards to a store of its own, ``store-3``, and at its end
-says in ``rank-3`` why it ended. Rank 0 computes its own share, collects what the others finish, and makes the result.
+``launch.json``; every rank then takes batches of shards (see `gpuem.executors.claims`) until none is left. Ranks other
+than 0 write finished shards to a store of their own, ``store-3``, and at their end say in ``rank-3`` why they ended.
+Rank 0 collects what the others finish, runs what lost ranks had taken, and makes the result.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gpuem import errors
@@ -20,9 +23,11 @@ from gpuem.checkpoint import Store
 from gpuem.engine import Job, Partial
 from gpuem.errors import GpuemError, RecipeError, ResumableError
 from gpuem.executors import copies, local
+from gpuem.executors.claims import Claims
 from gpuem.executors.dispatch import Report
 from gpuem.run_folder import RunFolder, say_launch, write_whole
 
+log = logging.getLogger("gpuem")
 # how often rank 0 looks what the others finished, in seconds
 LOOK = 0.5
 # a rank that gave no sign of life for so long is lost
@@ -164,27 +169,43 @@ class Collector:
         """Yield the results of this rank as they end, and those of the others as they are found."""
         missing = set(shards)
         self._seen.clear()
+        claims = self._claims(job)
+        # also those of a launch of the same name, such as that of a single rank
+        claims.clear()
         # the others may begin
         say_launch(self.folder, self.rank.launch)
         yield from self._collected(job, missing)
-        mine = [shard for shard in sorted(missing) if shard % self.rank.count == 0]
-        looked = time.monotonic()
-        with closing(local.run(job, mine, report)) as computing:
-            for partial in computing:
-                missing.discard(partial.shard)
-                yield partial
-                if time.monotonic() - looked > LOOK:
-                    yield from self._collected(job, missing)
-                    looked = time.monotonic()
+        yield from self._computed(job, missing, local.run(job, (), report, lambda: _claimed(claims, missing)))
         self._pulses = {n: Pulse(self.folder / f"alive-{n}") for n in range(1, self.rank.count)}
         while missing:
             # who ended is asked first: what it finished before that is then found
             ended = {number: _mark(self.folder, number, self.rank.launch) for number in self._pulses}
             before = len(missing)
             yield from self._collected(job, missing)
-            if missing and len(missing) == before:
-                self._refuse_without(job, missing, ended)
+            if not missing or len(missing) < before:
+                continue
+            lost = self._lost(job, missing, ended, claims, report)
+            if lost:
+                # a run that ended sets its job's sign to stop
+                again = replace(job, stop=threading.Event())
+                yield from self._computed(again, missing, local.run(again, lost, report))
+            else:
                 time.sleep(LOOK)
+
+    def _claims(self, job: Job) -> Claims:
+        return Claims(self.folder, self.rank.launch, self.rank.number, self.rank.count, len(job.plan.shards))
+
+    def _computed(self, job: Job, missing: set[int], computing: Generator[Partial]) -> Generator[Partial]:
+        """What this rank computes, and meanwhile what the others finish."""
+        looked = time.monotonic()
+        with closing(computing):
+            for partial in computing:
+                if partial.shard in missing:
+                    missing.discard(partial.shard)
+                    yield partial
+                if time.monotonic() - looked > LOOK:
+                    yield from self._collected(job, missing)
+                    looked = time.monotonic()
 
     def _collected(self, job: Job, missing: set[int]) -> Generator[Partial]:
         """What other ranks finished, also those of an earlier launch."""
@@ -210,19 +231,48 @@ class Collector:
             if whole:
                 self._seen[path] = size
 
-    def _refuse_without(self, job: Job, missing: set[int], ended: dict[int, dict[str, str] | None]) -> None:
-        """Raise why what is missing won't come, where it won't."""
-        for number in sorted({shard % self.rank.count for shard in missing} - {0}):
-            mark = ended[number]
+    def _lost(
+        self, job: Job, missing: set[int], ended: dict[int, dict[str, str] | None], claims: Claims, report: Report
+    ) -> list[int]:
+        """Missing shards of ranks that ended early or give no sign of life: this one runs them.
+
+        Raises
+        ------
+        GpuemError
+            A rank ended for what won't pass.
+        """
+        owners = claims.owners()
+        # nobody else runs what this rank took, or what lost its claim
+        lost = sorted(shard for shard in missing if owners.get(shard, self.rank.number) == self.rank.number)
+        for number in sorted({owners[shard] for shard in missing.difference(lost)}):
+            mine = sorted(shard for shard in missing if owners.get(shard) == number)
+            mark = ended.get(number)
+            silent = self._pulses[number].silent() if number in self._pulses else 0.0
             if mark is not None:
-                raise _error(mark)(f"rank {number} ended: {mark['why'] or 'its shards are not in its store'}")
-            silent = self._pulses[number].silent()
-            if silent > max(SILENT, job.patience):
-                raise ResumableError(f"rank {number} gave no sign of life for {silent:.0f} s")
+                why = mark["why"] or "its shards are not in its store"
+                if mark["why"] and _error(mark) is not ResumableError:
+                    raise _error(mark)(f"rank {number} ended: {why}")
+                why = f"ended: {why}"
+            elif silent > max(SILENT, job.patience):
+                why = f"gave no sign of life for {silent:.0f} s"
+            else:
+                continue
+            report("lost", worker=f"rank {number}", shards=mine, why=why)
+            log.warning("rank %d %s; rank 0 runs the %d shards that it had taken", number, why, len(mine))
+            lost += mine
+        return lost
+
+
+def _claimed(claims: Claims, missing: set[int]) -> list[int]:
+    """The next shards for this rank; none where all are taken."""
+    while (batch := claims.take()) is not None:
+        if shards := [shard for shard in batch if shard in missing]:
+            return shards
+    return []
 
 
 def assist(job: Job, rank: Rank, folder: RunFolder) -> None:
-    """Any other rank: run its share, keep it where rank 0 finds it.
+    """Any other rank: run the shards that it comes to, keep them where rank 0 finds them.
 
     Raises
     ------
@@ -230,18 +280,17 @@ def assist(job: Job, rank: Rank, folder: RunFolder) -> None:
         It ended early.
     """
     job = copies.at_home(job)
-    done: set[int] = set()
+    missing = set(range(len(job.plan.shards)))
     own = Store(folder.store, job)
     for path in sorted(folder.path.glob("store*")):
         store = own if path == folder.store else Store(path, job)
         store.look()
-        store.finished = {s: record for s, record in store.finished.items() if s % rank.count == rank.number}
-        store.verify()
-        done |= set(store.finished)
+        missing -= set(store.finished)
         store.close()
-    mine = [s for s in range(len(job.plan.shards)) if s % rank.count == rank.number and s not in done]
+    claims = Claims(folder.path, rank.launch, rank.number, rank.count, len(job.plan.shards))
     own.begin()
-    with closing(own), closing(local.run(job, mine, folder.report)) as computing:
+    computing = local.run(job, (), folder.report, lambda: _claimed(claims, missing))
+    with closing(own), closing(computing):
         for partial in computing:
             own.write(partial)
 
