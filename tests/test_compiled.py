@@ -6,6 +6,11 @@ import subprocess
 import sys
 import textwrap
 
+import numba
+import pytest
+
+from gpuem.codecs import compiled as module
+
 MODULE = """
 from gpuem.codecs.compiled import compiled
 
@@ -48,3 +53,17 @@ def test_without_a_folder_to_write_to_it_still_compiles(tmp_path):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "3"
     assert "NUMBA_CACHE_DIR" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"),
+    [("0.61.0", True), ("0.68.1", True), ("0.68.2rc1", True), ("0.60.0", False), ("0.69.0", False), ("1.0", False)],
+)
+def test_the_cache_of_other_versions_is_left_as_it_is_and_that_is_said(caplog, version, tested):
+    with caplog.at_level("INFO", "gpuem"):
+        assert module._is_tested.__wrapped__(version) == tested
+    assert ("are tested with 0.61 to 0.68" in caplog.text) != tested
+
+
+def test_this_version_is_tested():
+    assert module._is_tested(numba.__version__)

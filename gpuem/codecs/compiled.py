@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import uuid
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from numba.core.caching import IndexDataCacheFile
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 log = logging.getLogger("gpuem")
+# versions of Numba whose cache was tested
+OLDEST, NEWEST = (0, 61), (0, 68)
 
 
 class _OwnNames(IndexDataCacheFile):  # type: ignore[misc, no-any-unimported, unused-ignore]
@@ -42,5 +45,20 @@ def compiled(function: Function, **options: Any) -> Function:
         log.info("compiled kernels can't be kept (%s); set NUMBA_CACHE_DIR to a folder that can be written", error)
         made: Function = numba.njit(**common)(function)
         return made
-    kept._cache._cache_file.__class__ = _OwnNames
+    if _is_tested():
+        kept._cache._cache_file.__class__ = _OwnNames
     return kept  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _is_tested(version: str = numba.__version__) -> bool:
+    """Whether the cache of this version of Numba, which is private to it, is the one that `_OwnNames` changes."""
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if OLDEST <= numbers <= NEWEST:
+        return True
+    log.info(
+        "Numba %s: gpuem's names for cached kernels are tested with %d.%d to %d.%d; this version's own are used. "
+        "A process that is killed while it compiles may then leave a stale cache: remove it in that case",
+        *(version, *OLDEST, *NEWEST),
+    )
+    return False
