@@ -18,12 +18,15 @@ AFTER = [
     "look",
     "data_sets",
     "recipe",
+    "shard_records",
     "checkpoint",
     "identity",
+    "prepared",
     "run_folder",
     "executors",
     "keeping",
     "provenance",
+    "resume",
     "synthetic_kernels",
     "synthetic",
     "job",
@@ -47,7 +50,7 @@ AFTER = [
     "cli_report",
     "cli",
 ]
-EVERYWHERE = ["errors", "axes", "atomic"]
+EVERYWHERE = ["errors", "axes", "atomic", "regular_files"]
 
 
 def modules():
