@@ -204,4 +204,6 @@ def _why(error: BaseException) -> str:
         return str(error) or "stopped by Ctrl-C"
     if isinstance(error, MemoryError):
         return "out of memory"
+    if isinstance(error, OSError):
+        return f"{error.filename}: {format_error(error)}" if error.filename else format_error(error)
     return str(error) or type(error).__name__

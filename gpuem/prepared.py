@@ -42,6 +42,13 @@ class _UnknownTypeError(Exception):
     """A value that can't be stored."""
 
 
+# what reading a file that was made up may end in
+_WRONG = (
+    *(_UnknownTypeError, LookupError, ValueError, TypeError, AttributeError, ImportError, RecursionError),
+    *(zipfile.BadZipFile, EOFError, MemoryError),
+)
+
+
 def save(folder: Path, asked: Sequence[Asked], looked: Sequence[Analysis], view: View) -> None:
     """Keep the analyses as they are after their look; say which of them can't be kept.
 
@@ -152,7 +159,7 @@ def _read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, NDArray[Any]]]:
             return [_known(entry) for entry in entries], {name: file[name] for name in file.files}
     except OSError as error:
         raise InputError(f"{error.filename or about}: {error.strerror}; begin anew with --overwrite") from error
-    except (ValueError, KeyError, TypeError, RecursionError, zipfile.BadZipFile, EOFError, MemoryError) as error:
+    except _WRONG as error:
         raise _damaged(about) from error
 
 
@@ -167,7 +174,7 @@ def _known(entry: Any) -> dict[str, Any]:
 def _checked(folder: Path, entry: dict[str, Any], arrays: dict[str, NDArray[Any]], asked: Asked) -> Analysis:
     try:
         found = _decode(entry["value"], arrays, {_name(type(asked)): type(asked)})
-    except (_UnknownTypeError, LookupError, ValueError, TypeError, AttributeError, ImportError) as error:
+    except _WRONG as error:
         raise _damaged(folder / NAMES[0]) from error
     if getattr(found, "name", None) != asked.name:
         raise _damaged(folder / NAMES[0])
@@ -246,7 +253,7 @@ def _decode(value: Any, arrays: Mapping[str, NDArray[Any]], own: Mapping[str, ty
         return [inner(part) for part in value]
     if not isinstance(value, dict):
         return value
-    kind, content = next(iter(value.items()))
+    kind, content = next(iter(value.items()), ("", None))
     if kind in ("model", "dataclass"):
         found, fields = _class_of(content, own), {name: inner(part) for name, part in value["fields"].items()}
         made = found(**fields)

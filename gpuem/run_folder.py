@@ -228,6 +228,8 @@ class RunFolder:
             say_over(self.path)
             self._remove(*_PREPARED, "rank-[0-9]*")
             self._remove_locks()
+            # emptied by somebody, and thus removed here
+            self._gone = not self.path.exists()
 
     def _remove(self, *patterns: str) -> None:
         """Remove finished shards and these files, and the folder unless somebody else's lie in it."""
