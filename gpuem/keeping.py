@@ -13,7 +13,7 @@ from gpuem.checkpoint import Store
 from gpuem.engine import Job, Partial, Totals, combine
 from gpuem.errors import DeviceError, OutputError, ResumableError
 from gpuem.executors import Crew
-from gpuem.run_folder import RunFolder
+from gpuem.run_folder import RunFolder, finished_shards
 
 Progress = Callable[[int], None]
 
@@ -131,12 +131,12 @@ def resumable(folder: RunFolder, job: Job, store: Store) -> Iterator[None]:
             raise
         why = _why(error)
         folder.report("stop", why=why, done=len(store.finished), shards=len(job.plan.shards))
-        if not folder.is_in_place():
+        if not store.finished:
+            raise ResumableError(f"{why}. No shard was finished yet; run it again") from error
+        if not folder.is_in_place() or not finished_shards(folder.path):
             raise ResumableError(
                 f"{why}. {folder.path} was removed meanwhile: nothing is kept; run it again"
             ) from error
-        if not store.finished:
-            raise ResumableError(f"{why}. No shard was finished yet; run it again") from error
         raise ResumableError(
             f"{why}. {len(store.finished):,} of {len(job.plan.shards):,} shards are finished and kept in "
             f"{folder.path}; to go on: the same command with --resume"
