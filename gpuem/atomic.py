@@ -1,4 +1,4 @@
-"""Atomic, durable writes: after a crash or a power loss a file has its old content or its new content, never a part.
+"""Atomic and durable writes: after a crash or a power loss a file has its old or its new content, never a part.
 
 `rename` alone orders nothing on most file systems: the new name can survive a power loss without the new bytes. A file
 is therefore synced before it is renamed, and its folder afterwards.

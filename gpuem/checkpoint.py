@@ -3,11 +3,14 @@
 A store is a folder that one process writes:
 
     masks.npy, images.npy, moments.npy, fit-0.npy, ...   one row per scan position, written in place; NumPy opens them
-    sums.bin      for each shard its positions and its images over frames, one shard after another
-    done.jsonl    one line per finished shard, with a checksum over all of that; written last
+    sums.bin       for each shard its positions and its images over frames, one shard after another
+    pending.jsonl  one line per finished shard, with a checksum over all of that; written at once
+    done.jsonl     the same lines, moved there when all that they tell of is on the disk
 
-Whatever a crash tears, no line says it is finished or its checksum says that it isn't: such shards are run again. No
-two processes write one file: network file systems write whole pages, and would mix neighbours' rows.
+Whatever a crash tears, no line says it is finished or its checksum says that it isn't: such shards are run again. What
+a process left that was killed counts, as the system still writes it; after a power loss ``done.jsonl`` names no shard
+whose rows are not there. Syncing takes `SYNC_SHARE` of the time at most. No two processes write one file: network file
+systems write whole pages, and would mix neighbours' rows.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import json
 import math
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import replace
@@ -28,14 +32,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuem import shard_records
+from gpuem.atomic import sync_folder
 from gpuem.backends import Lost, Sums
 from gpuem.engine import Job, Partial
-from gpuem.errors import OutputError
+from gpuem.errors import InputError, OutputError
+from gpuem.regular_files import open_regular, read_regular
 
 Array = NDArray[Any]
 Bytes = bytes | memoryview
 # stretches of rows; and how many times the rows themselves may be read and written for the sake of fewer calls
 MANY = 16
+# rows are synced so often, in seconds, or less often where that would take more than this share of the time
+SYNC_SECONDS, SYNC_SHARE = 0.5, 0.05
+_DONE, _PENDING, _SUMS = "done.jsonl", "pending.jsonl", "sums.bin"
 _NOTHING = np.empty(0, np.int64)
 
 
@@ -56,9 +66,13 @@ class Store:
         self._headers = {name: _header((job.wanted.size, *shape), dtype) for name, (shape, dtype) in self._rows.items()}
         self._images = _image_arrays(job)
         self._nbytes = nbytes(job)
+        self._positions = job.wanted.size
         self._shards = tuple(shard.frames for shard in job.plan.shards)
         self._files: dict[str, int] = {}
         self._ends: dict[str, int] = {}
+        # lines that are not in the list of what is on the disk yet; and when they are brought there
+        self._pending: dict[int, bytes] = {}
+        self._due = 0.0
         self.finished: dict[int, dict[str, Any]] = {}
 
     def begin(self) -> None:
@@ -76,6 +90,7 @@ class Store:
                 f"{self.folder}: finished shards need {self._nbytes / 1e6:,.0f} MB of disk and {free / 1e6:,.0f} MB "
                 "are free; make room, or choose another [output] path"
             )
+        pending = {shard: line for shard, line in self._pending.items() if shard in self.finished}
         # what was opened to be read is opened anew
         self._release()
         for name, (header, nbytes) in self._headers.items():
@@ -84,22 +99,42 @@ class Store:
             _write(file, header, 0)
             if os.fstat(file).st_size < len(header) + nbytes:
                 os.ftruncate(file, len(header) + nbytes)
-        done = self._open("done.jsonl", os.O_RDWR | os.O_CREAT)
+        done = self._open(_DONE, os.O_RDWR | os.O_CREAT)
         # what a crash left of a line is taken off, so that the next one begins at its place
-        self._ends["done.jsonl"] = (self.folder / "done.jsonl").read_bytes().rfind(b"\n") + 1
-        os.ftruncate(done, self._ends["done.jsonl"])
-        self._ends["sums.bin"] = os.fstat(self._open("sums.bin", os.O_RDWR | os.O_CREAT)).st_size
+        self._ends[_DONE] = read_regular(self.folder / _DONE).rfind(b"\n") + 1
+        os.ftruncate(done, self._ends[_DONE])
+        self._ends[_SUMS] = os.fstat(self._open(_SUMS, os.O_RDWR | os.O_CREAT)).st_size
+        self._open(_PENDING, os.O_RDWR | os.O_CREAT)
+        self._ends[_PENDING] = 0
+        self._pending = pending
+        self._sync()
+        sync_folder(self.folder)
+        sync_folder(self.folder.parent)
+        self._due = 0.0
 
     def look(self) -> None:
-        """Find out which shards are finished, without checking them."""
-        path = self.folder / "done.jsonl"
-        whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-        for line in whole.splitlines():
+        """Find out which shards are finished, without checking them.
+
+        Raises
+        ------
+        InputError
+            The lists of finished shards can't be read.
+        """
+        total = self._positions + sum(self._shards)
+        for name in (_DONE, _PENDING):
+            path = self.folder / name
             try:
-                record = json.loads(line)
-                self.finished[int(record["shard"])] = record
-            except (ValueError, KeyError, TypeError):
+                lines = read_regular(path).rpartition(b"\n")[0].splitlines()
+            except (FileNotFoundError, NotADirectoryError):
                 continue
+            except OSError as error:
+                raise InputError(f"{path}: {error.strerror}; try again, or begin anew with --overwrite") from error
+            for line in lines:
+                record = shard_records.parse(line, self._shards, total)
+                if record is not None:
+                    self.finished[record["shard"]] = record
+                    if name == _PENDING:
+                        self._pending[record["shard"]] = line + b"\n"
 
     def verify(self) -> list[int]:
         """Drop shards whose checksum doesn't fit, or whose group isn't whole; returns them."""
@@ -133,8 +168,26 @@ class Store:
             The disk is full or gone.
         """
         records = [self._written(partial) for partial in partials]
-        self._append("done.jsonl", b"".join(json.dumps(record).encode() + b"\n" for record in records))
+        lines = {record["shard"]: json.dumps(record).encode() + b"\n" for record in records}
+        self._append(_PENDING, b"".join(lines.values()))
+        self._pending.update(lines)
         self.finished.update((record["shard"], record) for record in records)
+        if time.monotonic() >= self._due:
+            self._sync()
+
+    def _sync(self) -> None:
+        """Bring rows to the disk, then list their shards as done."""
+        began = time.monotonic()
+        pending, self._pending = self._pending, {}
+        for name in (*(f"{name}.npy" for name in self._rows), _SUMS):
+            # where this fails, nobody knows what is on the disk: the lines stay where they are
+            os.fdatasync(self._files[name])
+        self._append(_DONE, b"".join(pending.values()))
+        os.fdatasync(self._files[_DONE])
+        os.ftruncate(self._files[_PENDING], 0)
+        self._ends[_PENDING] = 0
+        took = time.monotonic() - began
+        self._due = began + max(SYNC_SECONDS, took / SYNC_SHARE)
 
     def _written(self, partial: Partial) -> dict[str, Any]:
         """Write what a shard found; what is to be said of it."""
@@ -144,7 +197,7 @@ class Store:
         partial = replace(partial, sums=sums)
         for name, rows in _arrays_of(sums).items():
             self._write_rows(name, partial.positions, rows)
-        at = self._append("sums.bin", *(_bytes(array) for array in (partial.positions, sums.total, sums.maximum)))
+        at = self._append(_SUMS, *(_bytes(array) for array in (partial.positions, sums.total, sums.maximum)))
         record: dict[str, Any] = {
             "shard": partial.shard,
             "at": at,
@@ -167,8 +220,10 @@ class Store:
         at, frames = int(record["at"]), int(record["frames"])
         if not 0 <= frames <= self._shards[shard]:
             raise ValueError(f"shard {shard}: {frames} frames, but it has {self._shards[shard]}")
-        log = self._open("sums.bin")
+        log = self._open(_SUMS)
         positions = _from(log, at, (frames,), np.dtype(np.int64))
+        if frames and not 0 <= positions.min() <= positions.max() < self._positions:
+            raise ValueError(f"shard {shard}: positions outside the scan")
         at += positions.nbytes
         group = tuple(record.get("group", ()))
         images = []
@@ -193,11 +248,11 @@ class Store:
         Raises
         ------
         OSError
-            Some of it didn't reach the disk; its shards have no valid checksum.
+            Some of it didn't reach the disk.
         """
         try:
-            for name in self._ends.keys() | {f"{name}.npy" for name in self._rows} if self._ends else ():
-                os.fsync(self._files[name])
+            if self._ends and self._pending:
+                self._sync()
         finally:
             self._release()
 
@@ -206,6 +261,7 @@ class Store:
             os.close(file)
         self._files.clear()
         self._ends.clear()
+        self._pending.clear()
 
     def _append(self, name: str, *data: Bytes) -> int:
         """Add to the end of a file; returns where that begins. What failed to be added is written over by the next."""
@@ -247,7 +303,7 @@ class Store:
 
     def _open(self, name: str, flags: int = os.O_RDONLY) -> int:
         if name not in self._files:
-            self._files[name] = os.open(self.folder / name, flags, 0o666)
+            self._files[name] = open_regular(self.folder / name, flags)
         return self._files[name]
 
 

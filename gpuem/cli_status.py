@@ -133,6 +133,9 @@ def _follow(log: Log) -> None:
                 elif words.split(",")[0] != told:
                     out.print(words)
                     told = words.split(",")[0]
+                if not log.folder.is_dir():
+                    err.print(f"{escape(str(log.folder))}: the folder of the run is gone, so it can't be followed")
+                    break
                 time.sleep(FOLLOW_SECONDS)
     except KeyboardInterrupt:
         out.print("no longer followed; the run goes on")
@@ -155,6 +158,8 @@ def _describe(log: Log) -> None:
         out.print(f"sign of life     {when(now.sign)}")
     _describe_workers(now.workers)
     _describe_faults(now)
+    for name, why in log.unreadable.items():
+        out.print(f"log              {escape(name)} can't be read: {escape(why)}")
     if now.broken:
         out.print(f"log              {now.broken:,} lines can't be read and were left out")
     _describe_stages(log)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
+import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+import gpuem
 from gpuem.analyses import Analysis, Looking
 from gpuem.dataset import Dataset
 from gpuem.engine import Job
@@ -20,6 +23,9 @@ from gpuem.storage.host import Files
 
 # bytes at both ends of a file that are looked at, beside its size and its time
 END_NBYTES = 1 << 16
+# of longer values a part is shown
+_LONG = 160
+_SOURCES = {".py", ".cu", ".cuh", ".h", ".hpp"}
 # of so many files the ends are looked at; of more, every n-th
 MOST_FILES = 64
 
@@ -53,17 +59,56 @@ def of_data(
     tables = () if correction is None else (correction.dark, correction.gain, correction.dead)
     axes = [[axis.name, axis.size, axis.step, axis.unit, axis.origin] for axis in ds.axes]
     return {
-        "gpuem": version,
+        **of_analyses(analyses, version),
         # nobody can tell whether an array is the same one again
-        "files": [[str(file.path), file.size, file.mtime_ns] for file in ds.source.files]
+        "files": [{"path": str(file.path), "size": file.size, "mtime_ns": file.mtime_ns} for file in ds.source.files]
         or [f"an array in memory ({uuid.uuid4().hex})"],
         "ends of the files": _ends(ds),
-        "data": [ds.source.format, list(ds.shape), ds.source.raw_dtype.str, ds.skip],
+        "data": {
+            "format": ds.source.format,
+            "shape": list(ds.shape),
+            "dtype": ds.source.raw_dtype.str,
+            "skip": ds.skip,
+        },
         "axes": axes,
         "region of interest": digest(np.packbits(wanted)),
-        "correction": [None if table is None else digest(table) for table in tables],
+        "correction": {
+            name: None if table is None else digest(table)
+            for name, table in zip(("dark", "gain", "dead"), tables, strict=False)
+        },
+    }
+
+
+def of_analyses(analyses: Sequence[Analysis | Looking], version: str) -> dict[str, Any]:
+    """What is asked for, and the code that computes it."""
+    others = {type(analysis).__module__ for analysis in analyses} - {"__main__"}
+    return {
+        "gpuem": version,
+        # of a checkout the version never changes
+        "code": {"gpuem": code(), **{name: code(name) for name in sorted(others) if name.split(".")[0] != "gpuem"}},
         "analyses": [_of_analysis(analysis) for analysis in analyses],
     }
+
+
+@functools.cache
+def code(module: str = "gpuem") -> str:
+    """A checksum of gpuem's sources, kernels among them, or of another module's file, as they are now on the disk.
+
+    It is computed once per process. Where no sources are there (a frozen program) only names count.
+    """
+    made = hashlib.blake2b(digest_size=12)
+    if module == "gpuem":
+        package = Path(gpuem.__file__).parent
+        files = [path for path in sorted(package.rglob("*")) if path.suffix in _SOURCES]
+        if not (package / "kernels").is_dir():
+            # a checkout
+            files += [path for path in sorted((package.parent / "kernels").rglob("*")) if path.suffix in _SOURCES]
+    else:
+        named = getattr(sys.modules.get(module), "__file__", None)
+        files = [Path(named)] if named and Path(named).is_file() else []
+    for path in files:
+        made.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return made.hexdigest()
 
 
 def of_cuts(job: Job) -> dict[str, Any]:
@@ -77,7 +122,7 @@ def of_cuts(job: Job) -> dict[str, Any]:
 
 def refuse_another(where: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise RecipeError, which says what is different, where a run can't go on with what is there."""
-    found = _differences(then, now)
+    found = differences(then, now)
     if found:
         raise RecipeError(
             f"{where}: of another run, so this one can't go on there:\n"
@@ -86,18 +131,64 @@ def refuse_another(where: Path, then: dict[str, Any], now: dict[str, Any]) -> No
         )
 
 
-def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What is not as it was, in words."""
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What is not as it was: the key, where it is inside of others, and both values."""
     out = []
     for name in now:
-        before, after = then.get(name), now[name]
-        if before == after:
-            continue
-        if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-            pairs = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
-            before, after = pairs[0]
-        out.append(f"{name}: {_short(before)} then, {_short(after)} now")
+        found = next(_inside("", then.get(name, _MISSING), now[name]), None)
+        if found is not None:
+            key, before, after = found
+            out.append(f"{name}: {key}{': ' if key else ''}{' then, '.join(_cut_alike(before, after))} now")
     return out
+
+
+def _inside(key: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Keys at which two values differ, and what is there."""
+    if type(before) is type(after) and before == after:
+        return
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in {**after, **before}:
+            here = f"{key}{'.' if key else ''}{name}"
+            yield from _inside(here, before.get(name, _MISSING), after.get(name, _MISSING))
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for k, (one, other) in enumerate(zip(before, after, strict=True)):
+            yield from _inside(f"{key}[{k}]", one, other)
+    elif isinstance(before, list) and isinstance(after, list):
+        same = next((k for k, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), None)
+        k = min(len(before), len(after)) if same is None else same
+        one, other = (
+            f"{len(item)} entries, [{k}] {item[k] if k < len(item) else _MISSING}" for item in (before, after)
+        )
+        yield key, one, other
+    else:
+        yield key, before, after
+
+
+class _Missing:
+    def __str__(self) -> str:
+        return "nothing"
+
+
+_MISSING = _Missing()
+
+
+def _cut_alike(before: Any, after: Any) -> tuple[str, str]:
+    """Two values as text; of long ones the part in which they differ."""
+    one, other = _text(before), _text(after)
+    if max(len(one), len(other)) <= _LONG:
+        return one, other
+    differ = next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    start = max(0, differ - _LONG // 4)
+    return _part(one, start), _part(other, start)
+
+
+def _part(text: str, start: int) -> str:
+    part = text[start : start + _LONG]
+    return f"{'...' if start else ''}{part}{'...' if start + _LONG < len(text) else ''}"
+
+
+def _text(value: Any) -> str:
+    return str(value).replace("\n", " ")
 
 
 def digest(array: NDArray[Any]) -> str:
@@ -105,11 +196,6 @@ def digest(array: NDArray[Any]) -> str:
     made = hashlib.blake2b(f"{array.dtype.str}{array.shape}".encode(), digest_size=12)
     made.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return made.hexdigest()
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _ends(ds: Dataset) -> list[str]:

@@ -13,11 +13,12 @@ from typing import Any, Literal, TypedDict, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuem import backends, dataset, engine, executors, identity, keeping, recipe, results, run_folder, tiles
+from gpuem import backends, dataset, engine, executors, identity, keeping, prepared, recipe, results, run_folder, tiles
+from gpuem import resume as resume_of
 from gpuem.analyses import Analysis, Looking, Map, View
 from gpuem.backends import Device, Sums, Weights
 from gpuem.dataset import Dataset
-from gpuem.errors import DataError, PlanError, RecipeError
+from gpuem.errors import DataError, OutputError, PlanError, RecipeError, ResumableError
 from gpuem.executors import Crew, local
 from gpuem.executors.dispatch import no_report
 from gpuem.executors.memory import available_memory
@@ -141,7 +142,7 @@ def _run(
     facts = provenance(ds, analyses, job, totals, time.perf_counter() - started)
     facts["roi"] = summary(job.wanted, roi)
     if kept is not None:
-        facts["identity"] = (run_folder.description(kept.path) or {})["identity"]
+        facts["run"], facts["identity"] = kept.id, kept.identity
     return Results(maps, facts)
 
 
@@ -156,20 +157,24 @@ def _begin_kept(
 ) -> tuple[list[Analysis], engine.Job]:
     """`begin`, where a run goes on that was stopped, or will be able to."""
     now = identity.of_data(ds, analyses, region(ds.scan_shape, roi), version())
-    then = run_folder.description(kept.path) if resume else None
+    then = run_folder.begun(kept.path) if resume else None
     if then is None:
         kept.clear()
         resolved, job = begin(ds, analyses, _planning(options, crew), roi)
         job = crew.settle(job)
-        run_folder.keep_looked(kept.path, resolved)
-        kept.describe(ds.source.frame_nbytes, job, {**now, **identity.of_cuts(job)})
+        prepared.save(kept.path, analyses, resolved, view_of(ds))
+        kept.describe(ds.source.frame_nbytes, job, {**now, **identity.of_cuts(job)}, None)
         return resolved, job
     identity.refuse_another(kept.path, then["identity"], now)
-    resolved = run_folder.looked(kept.path)
+    wanted, allowed = region(ds.scan_shape, roi), _allowed(options)
+    resolved = prepared.load(kept.path, analyses, view_of(ds), lambda some: look(ds, some, wanted, allowed))
     job = crew.settle(prepare(ds, resolved, _planning(options, crew), roi))
     identity.refuse_another(kept.path, then["identity"], identity.of_cuts(job))
-    # the same run, worked on by another process
-    kept.describe(ds.source.frame_nbytes, job, then["identity"])
+    try:
+        # the same run, worked on by another process
+        kept.describe(ds.source.frame_nbytes, job, then["identity"], then)
+    except OutputError as error:
+        raise ResumableError(f"{error}. What is finished is kept; to go on: the same command with --resume") from error
     return resolved, job
 
 
@@ -224,24 +229,19 @@ def run_asked(
 ) -> tuple[Results, Path]:
     """`run_recipe`, once the recipe is read, and is of one data set."""
     output, folder = asked.output.path, run_folder.beside(asked.output.path)
-    if not (resume and results.is_result(output)):
+    there = results.is_result(output)
+    if not (resume and there):
         results.check_writable(output, overwrite=overwrite)
     if not resume:
         run_folder.refuse_unfinished(folder, overwrite=overwrite)
     ds = open_input(asked)
     wanted = region(ds.scan_shape, asked.input.roi)
-    if resume and results.is_result(output):
-        found = results.load_results(output)
-        identity.refuse_another(
-            output, found.provenance.get("identity", {}), identity.of_data(ds, asked.analysis, wanted, version())
-        )
-        log.info("%s: finished already", output)
-        if run_folder.finished_shards(folder):
-            # the run before ended between saving its result and removing what it had kept
-            with RunFolder(folder, rank=None) as kept:
-                kept.finish()
-        return found, output
-    about = {"recipe": text, "output": str(output)}
+    if resume and there:
+        now = identity.of_data(ds, asked.analysis, wanted, version())
+        if not resume_of.replaces(folder, output, now):
+            return resume_of.finished(folder, output, now), output
+        overwrite = True
+    about = {"recipe": text, "output": str(output), "overwrite": overwrite}
     with (
         executors.crew(asked.run) if crew is None else nullcontext(crew) as hands,
         RunFolder(folder, about) as kept,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from gpuem.atomic import format_error
 from gpuem.checkpoint import Store
 from gpuem.engine import Job, Partial, Totals, combine
 from gpuem.errors import DeviceError, OutputError, ResumableError
 from gpuem.executors import Crew
-from gpuem.run_folder import RunFolder
+from gpuem.run_folder import RunFolder, finished_shards
 
 Progress = Callable[[int], None]
 
@@ -62,7 +64,7 @@ def _partials(job: Job, crew: Crew, folder: RunFolder, store: Store) -> Generato
     with closing(crew.run(job, missing, folder.report)) as computed:
         for shard in range(count):
             if shard in kept:
-                yield store.read(shard)
+                yield _kept(store, shard)
             while shard not in store.finished:
                 group = _group(computed)
                 with _writing(store):
@@ -70,6 +72,13 @@ def _partials(job: Job, crew: Crew, folder: RunFolder, store: Store) -> Generato
                 for partial in group:
                     report_shard(folder, job, partial)
                 yield from group
+
+
+def _kept(store: Store, shard: int) -> Partial:
+    try:
+        return store.read(shard)
+    except (ValueError, LookupError, ArithmeticError) as error:
+        raise ResumableError(f"{store.folder}: shard {shard} was changed since it was checked: {error}") from error
 
 
 def _group(computed: Iterator[Partial]) -> list[Partial]:
@@ -97,8 +106,12 @@ def _writing(store: Store) -> Iterator[None]:
         yield
     except OSError as error:
         raise ResumableError(
-            f"finished shards can't be kept in {store.folder}: {error.strerror or error}; make room"
+            f"finished shards can't be kept in {store.folder}: {format_error(error)}{_remedy(error)}"
         ) from error
+
+
+def _remedy(error: OSError) -> str:
+    return "; make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
 
 
 @contextmanager
@@ -107,7 +120,11 @@ def resumable(folder: RunFolder, job: Job, store: Store) -> Iterator[None]:
     before = len(store.finished)
     try:
         yield
-    except (KeyboardInterrupt, ResumableError, OSError, MemoryError, DeviceError) as error:
+    except (KeyboardInterrupt, ResumableError, OutputError, OSError, MemoryError, DeviceError) as error:
+        if isinstance(error, OutputError) and not store.finished:
+            # no room to begin with
+            folder.report("error", why=str(error), done=0)
+            raise
         if isinstance(error, DeviceError) and len(store.finished) == before:
             # a GPU that never worked here won't do so the next time
             folder.report("error", why=str(error), done=before)
@@ -116,6 +133,10 @@ def resumable(folder: RunFolder, job: Job, store: Store) -> Iterator[None]:
         folder.report("stop", why=why, done=len(store.finished), shards=len(job.plan.shards))
         if not store.finished:
             raise ResumableError(f"{why}. No shard was finished yet; run it again") from error
+        if not folder.is_in_place() or not finished_shards(folder.path):
+            raise ResumableError(
+                f"{why}. {folder.path} was removed meanwhile: nothing is kept; run it again"
+            ) from error
         raise ResumableError(
             f"{why}. {len(store.finished):,} of {len(job.plan.shards):,} shards are finished and kept in "
             f"{folder.path}; to go on: the same command with --resume"
@@ -129,7 +150,7 @@ def resumable(folder: RunFolder, job: Job, store: Store) -> Iterator[None]:
             store.close()
         except OSError as error:
             # what didn't reach the disk has no valid checksum
-            folder.report("error", why=f"{store.folder}: {error.strerror}")
+            folder.report("error", why=f"{store.folder}: {format_error(error)}")
 
 
 @contextmanager
@@ -140,6 +161,10 @@ def saving(folder: RunFolder, output: Path) -> Iterator[None]:
     except (KeyboardInterrupt, OutputError, OSError, MemoryError) as error:
         why = _why(error)
         folder.report("stop", why=f"{output} is not saved: {why}")
+        if not folder.is_in_place():
+            raise ResumableError(
+                f"{why}. {folder.path} was removed meanwhile: nothing is kept; run it again"
+            ) from error
         raise ResumableError(
             f"{why}. All shards are finished and kept in {folder.path}; to save the result: the same command with "
             "--resume"
@@ -179,4 +204,6 @@ def _why(error: BaseException) -> str:
         return str(error) or "stopped by Ctrl-C"
     if isinstance(error, MemoryError):
         return "out of memory"
+    if isinstance(error, OSError):
+        return f"{error.filename}: {format_error(error)}" if error.filename else format_error(error)
     return str(error) or type(error).__name__

@@ -7,20 +7,20 @@ import json
 import logging
 import os
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from gpuem import executors, job, recipe, results
-from gpuem.errors import GpuemError, ResumableError
+from gpuem import executors, job, recipe, results, run_folder
+from gpuem.atomic import format_error, write_file
+from gpuem.errors import GpuemError, OutputError, ResumableError
 from gpuem.executors import Crew
 from gpuem.identity import version
 from gpuem.job import Watch
 from gpuem.recipe import NAME, Recipe
 from gpuem.results import Results
-from gpuem.run_folder import write_whole
 
 log = logging.getLogger("gpuem")
 State = Literal["done", "kept", "failed", "not begun"]
@@ -51,6 +51,38 @@ class Campaign:
     alone: dict[str, Recipe]
     several: bool
     summary: Path
+
+
+@dataclass(frozen=True)
+class SavedResults:
+    """A result on disk, as ``results, path = saved``: its maps are loaded every time they are asked for, never kept.
+
+    Parameters
+    ----------
+    path : Path
+        Where it was saved.
+    """
+
+    path: Path
+
+    def load(self) -> Results:
+        """The maps, from the disk.
+
+        Raises
+        ------
+        InputError
+            They are not there any more, or damaged.
+        """
+        return results.load_results(self.path)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.load(), self.path))
+
+    def __getitem__(self, index: int) -> Any:
+        return self.load() if index in (0, -2) else (None, self.path)[index]
+
+    def __len__(self) -> int:
+        return 2
 
 
 @dataclass(frozen=True)
@@ -184,7 +216,7 @@ def _run(campaign: Campaign, name: str, hands: _Hands, *, overwrite: bool, resum
     data, result, began = first_of(asked), asked.output.path, time.monotonic()
     state: State
     error: GpuemError
-    earlier = resume and results.is_result(result)
+    earlier = resume and results.is_result(result) and not run_folder.is_begun(run_folder.beside(result))
     try:
         # what is finished needs nobody
         crew = None if earlier else hands.crew()
@@ -292,9 +324,11 @@ def _write_summary(campaign: Campaign, told: dict[str, dict[str, Any]]) -> None:
     }
     try:
         campaign.summary.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(campaign.summary, json.dumps(content, indent=1).encode())
+        write_file(campaign.summary, json.dumps(content, indent=1).encode())
+    except OutputError as error:
+        log.warning("%s", error)
     except OSError as error:
-        log.warning("%s: not written: %s", campaign.summary, error.strerror)
+        log.warning("%s: not written: %s", campaign.summary, format_error(error))
 
 
 def run_recipes(
@@ -304,7 +338,7 @@ def run_recipes(
     resume: bool = False,
     watch: Watch = lambda ds, frames: nullcontext(),
     **changes: Any,
-) -> dict[str, tuple[Results, Path] | GpuemError]:
+) -> dict[str, SavedResults | GpuemError]:
     """Run a recipe on all its data sets, one after another, and save their results; failures don't stop the rest.
 
     Parameters
@@ -324,7 +358,9 @@ def run_recipes(
     Returns
     -------
     dict
-        By the name of each data set: its maps and where they were saved, or why there are none.
+        By the name of each data set: its maps and where they were saved, ``results, path = found[name]``, or why there
+        are none. Maps are loaded from there when they are asked for, so that no batch is too large for the memory:
+        ``found[name].load()``; ``found[name].path`` loads nothing.
 
     Raises
     ------
@@ -334,7 +370,7 @@ def run_recipes(
         Ctrl-C, or nobody is left to work: what is finished is saved, and a resumed run goes on.
     """
     campaign = load(path, **changes)
-    out: dict[str, tuple[Results, Path] | GpuemError] = {}
+    out: dict[str, SavedResults | GpuemError] = {}
     with closing(runs(campaign, overwrite=overwrite, resume=resume, watch=watch)) as outcomes:
         for outcome in outcomes:
             if outcome.state == "not begun" or was_stopped(outcome):
@@ -344,7 +380,9 @@ def run_recipes(
                     "to go on: the same with resume=True"
                 ) from outcome.error
             if outcome.found is not None:
-                out[outcome.name] = outcome.found, outcome.result
+                out[outcome.name] = SavedResults(outcome.result)
             elif outcome.error is not None:
                 out[outcome.name] = outcome.error
+            # nor must its maps stay here while the next ones are computed
+            del outcome
     return out

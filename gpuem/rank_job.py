@@ -6,9 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gpuem import identity, job, recipe, run_folder
+from gpuem import identity, job, prepared, recipe, run_folder
 from gpuem.errors import InputError
 from gpuem.executors import ranks
+from gpuem.region import region
 from gpuem.results import Results
 from gpuem.run_folder import RunFolder
 
@@ -37,11 +38,15 @@ def assist(path: str | os.PathLike[str], rank: ranks.Rank, **changes: Any) -> No
     with RunFolder(folder, rank=rank.number) as kept, ranks.marked(kept, rank):
         ds = job.open_input(asked)
         try:
-            mine = job.prepare(ds, run_folder.looked(folder), asked.run, asked.input.roi)
+            wanted = region(ds.scan_shape, asked.input.roi)
+            looked = prepared.load(folder, asked.analysis, job.view_of(ds), lambda some: job.look(ds, some, wanted))
+            mine = job.prepare(ds, looked, asked.run, asked.input.roi)
         except InputError:
             if ranks.wait_for_launch(folder, rank, asked.run.patience):
                 raise
             # all was done before this rank came
             return
-        identity.refuse_another(folder, (run_folder.description(folder) or {})["identity"], identity.of_cuts(mine))
+        then = (run_folder.description(folder) or {}).get("identity", {})
+        now = identity.of_analyses(asked.analysis, identity.version())
+        identity.refuse_another(folder, then, {**now, **identity.of_cuts(mine)})
         ranks.assist(mine, rank, kept)

@@ -3,41 +3,47 @@
     run.json       what is run: the recipe, what a resumed run must agree in, how much there is to do
     events.jsonl   the log, one JSON object a line, flushed: shards with their times, retries, losses, the end
     alive          touched every few seconds for as long as a process works on the run
-    looked.pkl     the analyses after their look at a sample, so that a resumed run has the very same
+    prepared.*     the analyses after their look at a sample, see `gpuem.prepared`
     store/         finished shards, see `gpuem.checkpoint`
 
-The last two are removed when the result is saved.
+The last two are removed when the result is saved. Nothing of it is believed before it is checked: somebody else's
+folder may hold anything.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
-import pickle
 import platform
 import threading
 import time
-from collections.abc import Sequence
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from gpuem.analyses import Analysis
+from gpuem.atomic import format_error, sync_folder, write_file
 from gpuem.engine import Job
 from gpuem.errors import InputError, OutputError
+from gpuem.regular_files import open_regular, read_regular
 
 # how often a process says that it is alive, in seconds
 BEAT = 2.0
+# looked.pkl is of an earlier version; it is never read
+_PREPARED = ("prepared.json", "prepared.npz", "looked.pkl")
 # all that a run leaves in its folder, beside finished shards
 _LASTING = (
-    *("run.json", "looked.pkl", "launch.json", "timeline.png", "events.jsonl", "events-[0-9]*.jsonl"),
-    *("alive", "alive-[0-9]*", "lock", "lock-[0-9]*", "rank-[0-9]*", "claim-*"),
+    *("run.json", *_PREPARED, "launch.json", "timeline.png", "events.jsonl", "events-[0-9]*.jsonl"),
+    *("alive", "alive-[0-9]*", "rank-[0-9]*", "claim-*"),
 )
+# of run.json and of what lies beside it; 1 had pickled analyses and no number
+FORMAT = 2
 log = logging.getLogger("gpuem")
+# file systems without locks that were told of
+_without_locks: set[int] = set()
 
 
 def beside(output: Path) -> Path:
@@ -69,33 +75,70 @@ class RunFolder:
         self.store = path / f"store{suffix}"
         self._alive = path / f"alive{suffix}"
         self._over = threading.Event()
+        self.id, self.identity = uuid.uuid4().hex, dict[str, Any]()
+        self._lock_path = path / f"lock{suffix}"
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / f"lock{suffix}").open("a+")
-            self._claim()
+            _create(path)
+            self._lock = self._claim()
             self._events = path / f"events{suffix}.jsonl"
             self._log = _open_log(self._events)
+            self._place = _inode(path)
         except OSError as error:
-            raise OutputError(f"{path}: {error.strerror}: the folder of the run can't be written") from error
+            raise OutputError(f"{path}: the folder of the run can't be written: {format_error(error)}") from error
         self._writing = threading.Lock()
-        self._torn = self._started = self._ended = False
+        self._torn = self._started = self._ended = self._gone = False
 
-    def _claim(self) -> None:
+    def _claim(self) -> int:
         """Keep others away: two processes that write one store would spoil it."""
+        while True:
+            lock = open_regular(self._lock_path, os.O_RDWR | os.O_CREAT)
+            try:
+                if not self._lock_file(lock):
+                    return lock
+                # whoever held it may have removed it meanwhile: then this one keeps nobody away
+                if os.path.samestat(os.fstat(lock), self._lock_path.lstat()):
+                    with contextlib.suppress(OSError):
+                        # a disk that is full only keeps others from reading who it is
+                        os.ftruncate(lock, 0)
+                        os.pwrite(lock, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+                    return lock
+            except FileNotFoundError:
+                pass
+            except BaseException:
+                os.close(lock)
+                raise
+            os.close(lock)
+
+    def _lock_file(self, lock: int) -> bool:
+        """Lock a file; False where the file system has no locks. Raises OutputError where another process has it."""
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._lock.seek(0)
-            who = self._lock.read() or "another process"
+            who = os.pread(lock, 200, 0).decode("utf-8", "replace") or "another process"
             raise OutputError(
                 f"{self.path}: {who} works on this run; wait for it, end it, or choose another [output] path"
             ) from None
+        except OSError as error:
+            device = os.fstat(lock).st_dev
+            if device not in _without_locks:
+                _without_locks.add(device)
+                log.warning(
+                    "%s: locks are not supported here (%s): nothing keeps a second process from working on the same "
+                    "run and spoiling it; see to it that there is only one", self.path, error.strerror,
+                )  # fmt: skip
+            return False
+        return True
+
+    def is_in_place(self) -> bool:
+        """Whether the folder is still there; warns once where it isn't."""
+        try:
+            there = _inode(self.path) == self._place
         except OSError:
-            # some network file systems know no locks; there it is up to the user
-            return
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {platform.node()}")
-        self._lock.flush()
+            there = False
+        if not there and not self._gone:
+            self._gone = True
+            log.warning("%s: the folder of the run was removed meanwhile; nothing is kept to go on with", self.path)
+        return there
 
     def __enter__(self) -> Self:
         self._beating = threading.Thread(target=self._beat, name="gpuem-alive", daemon=True)
@@ -112,13 +155,23 @@ class RunFolder:
         with self._writing:
             os.close(self._log)
             self._log = -1
+        # what lies at this path now may be another run's
+        mine = self.is_in_place()
+        # nothing to go on with
+        nothing = error is not None and self._rank is None and mine and not finished_shards(self.path)
         with contextlib.suppress(OSError):
-            self._alive.unlink(missing_ok=True)
-            if error is not None and self._rank is None and not finished_shards(self.path):
-                # nothing to go on with
+            if mine:
+                self._alive.unlink(missing_ok=True)
+            if nothing:
                 self._remove(*_LASTING)
+                self._remove_locks()
         with contextlib.suppress(OSError):
-            self._lock.close()
+            # while it is held: others compare what they lock with what lies there
+            _unlink_same(self._lock_path, self._lock)
+        os.close(self._lock)
+        if nothing:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
 
     def report(self, event: str, **facts: Any) -> None:
         """Add a line to the log; a disk that is full, or gone, must not end the run by this."""
@@ -135,9 +188,19 @@ class RunFolder:
             except OSError as error:
                 log.debug("%s: %s", self._events, error)
 
-    def describe(self, frame_nbytes: int, job: Job, identity: dict[str, Any]) -> None:
-        """Say what is run, and what a resumed run must agree in."""
+    def describe(self, frame_nbytes: int, job: Job, identity: dict[str, Any], then: dict[str, Any] | None) -> None:
+        """Say what is run, and what a resumed run must agree in; `then` is what was said before, where it goes on.
+
+        Raises
+        ------
+        OutputError
+            It can't be written.
+        """
+        # the result says of which run it is
+        self.id, self.identity = str((then or {}).get("id", self.id)), identity
         made = {
+            "format": FORMAT,
+            "id": self.id,
             **self._about,
             "shards": len(job.plan.shards),
             "frames": int(job.wanted.sum()),
@@ -147,13 +210,13 @@ class RunFolder:
             "pid": os.getpid(),
             "identity": identity,
         }
-        write_whole(self.path / "run.json", json.dumps(made, indent=1).encode())
+        write_file(self.path / "run.json", json.dumps(made, indent=1).encode())
 
     def clear(self) -> None:
         """Forget what an earlier run left here."""
         # what says how to go on first: whatever stops this, nothing half removed is taken for a run
         self._remove(
-            "run.json", "looked.pkl", "events.jsonl", "events-[0-9]*.jsonl", "rank-[0-9]*", "claim-*", "launch.json"
+            "run.json", *_PREPARED, "events.jsonl", "events-[0-9]*.jsonl", "rank-[0-9]*", "claim-*", "launch.json"
         )
         with self._writing:
             os.close(self._log)
@@ -161,9 +224,14 @@ class RunFolder:
 
     def finish(self) -> None:
         """Remove what only a resumed run would need."""
+        if not self.is_in_place():
+            return
         with contextlib.suppress(OSError, OutputError):
             say_over(self.path)
-            self._remove("looked.pkl", "lock", "lock-[0-9]*", "rank-[0-9]*", "claim-*")
+            self._remove(*_PREPARED, "rank-[0-9]*", "claim-*")
+            self._remove_locks()
+            # emptied by somebody, and thus removed here
+            self._gone = not self.path.exists()
 
     def _remove(self, *patterns: str) -> None:
         """Remove finished shards and these files, and the folder unless somebody else's lie in it."""
@@ -171,23 +239,38 @@ class RunFolder:
             for path in self.path.glob(pattern):
                 path.unlink(missing_ok=True)
         for store in (self.path / "store", *self.path.glob("store-[0-9]*")):
-            for path in (*store.glob("*.npy"), *(store / name for name in ("sums.bin", "done.jsonl"))):
+            for path in (*store.glob("*.npy"), *(store / name for name in ("sums.bin", "done.jsonl", "pending.jsonl"))):
                 path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 store.rmdir()
         with contextlib.suppress(OSError):
             self.path.rmdir()
 
+    def _remove_locks(self) -> None:
+        """Remove what ranks locked, unless they hold it still."""
+        for path in self.path.glob("lock-[0-9]*"):
+            lock = open_regular(path, os.O_RDWR)
+            with contextlib.suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _unlink_same(path, lock)
+            os.close(lock)
+
     def _beat(self) -> None:
         while not self._over.is_set():
             with contextlib.suppress(OSError):
-                self._alive.touch()
+                if self.is_in_place():
+                    self._alive.touch()
             self._over.wait(BEAT)
 
 
 def finished_shards(path: Path) -> int:
     """How many finished shards are kept in a folder."""
-    return sum(file.read_bytes().count(b"\n") for file in path.glob("store*/done.jsonl"))
+    count = 0
+    for file in (*path.glob("store*/done.jsonl"), *path.glob("store*/pending.jsonl")):
+        # what can't be read is said where it is needed
+        with contextlib.suppress(OSError):
+            count += read_regular(file).count(b"\n")
+    return count
 
 
 def refuse_unfinished(path: Path, *, overwrite: bool) -> None:
@@ -209,67 +292,80 @@ def description(path: Path) -> dict[str, Any] | None:
     """
     file = path / "run.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and isinstance(found.get("identity"), dict):
-            return found
-        reason = "damaged"
+        found = json.loads(read_regular(file).decode())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        reason = f"{error.strerror}; try again"
-    except ValueError:
-        reason = "damaged"
-    raise InputError(f"{file}: {reason}, or begin anew with --overwrite")
+        raise InputError(f"{file}: {error.strerror}; try again, or begin anew with --overwrite") from error
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("identity"), dict):
+        raise InputError(f"{file}: damaged, or begin anew with --overwrite")
+    if found.get("format", 1) != FORMAT:
+        raise InputError(
+            f"{file}: of another version of gpuem (format {found.get('format', 1)!s:.20}, this one knows {FORMAT}): go "
+            "on with that version, or begin anew with --overwrite"
+        )
+    return found
 
 
-def keep_looked(path: Path, analyses: Sequence[Analysis]) -> None:
-    """Keep the analyses as they are after their look."""
-    body = pickle.dumps(list(analyses))
-    write_whole(path / "looked.pkl", hashlib.sha256(body).digest() + body)
-
-
-def looked(path: Path) -> list[Analysis]:
-    """The analyses as they were after their look.
+def begun(path: Path) -> dict[str, Any] | None:
+    """`description` of a run that was begun and whose result was not saved yet; None where there is none.
 
     Raises
     ------
     InputError
-        They are not there, or damaged. (As with any pickle: a run folder is to be trusted like a program.)
+        As by `description`.
     """
-    file = path / "looked.pkl"
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}; begin anew with --overwrite") from error
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
-        raise InputError(f"{file}: damaged; begin anew with --overwrite")
-    found: list[Analysis] = pickle.loads(content[32:])
-    return found
+    return description(path) if is_begun(path) else None
+
+
+def is_begun(path: Path) -> bool:
+    """Whether a run was begun there whose result was not saved yet."""
+    return finished_shards(path) > 0 or (path / _PREPARED[0]).exists()
 
 
 def say_launch(path: Path, launch: str, *, over: bool = False) -> None:
     """Tell other ranks of this launch that the run is planned, or over."""
     path.mkdir(parents=True, exist_ok=True)
-    write_whole(path / "launch.json", json.dumps({"launch": launch, "over": over}).encode())
+    write_file(path / "launch.json", json.dumps({"launch": launch, "over": over}).encode())
+
+
+def read_launch(path: Path) -> tuple[str, bool] | None:
+    """What `say_launch` said last; None where it said nothing that can be read."""
+    try:
+        found = json.loads(read_regular(path / "launch.json"))
+        launch, over = found["launch"], found["over"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return (launch, over) if isinstance(launch, str) and isinstance(over, bool) else None
 
 
 def say_over(path: Path) -> None:
     """Tell ranks that come late that all is done."""
-    file = path / "launch.json"
-    if file.exists():
-        say_launch(path, json.loads(file.read_text(encoding="utf-8"))["launch"], over=True)
+    said = read_launch(path)
+    if said is not None:
+        say_launch(path, said[0], over=True)
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that others see all of it or nothing."""
-    made = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        made.write_bytes(content)
-        made.replace(path)
-    except OSError as error:
-        made.unlink(missing_ok=True)
-        raise OutputError(f"{path}: {error.strerror}: the folder of the run can't be written") from error
+def _create(path: Path) -> None:
+    """Create a folder and those above it, durably."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
+
+
+def _inode(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_dev, found.st_ino
+
+
+def _unlink_same(path: Path, file: int) -> None:
+    """Remove a name where it still is that of an open file."""
+    if os.path.samestat(path.lstat(), os.fstat(file)):
+        path.unlink()
 
 
 def _open_log(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    return open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

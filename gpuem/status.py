@@ -6,7 +6,6 @@ Only files of the run folder are read, so that it can be asked from any shell, w
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import re
@@ -17,6 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gpuem.regular_files import read_regular
+
 # signs of life come every few seconds; a network file system shows them up to a minute late
 SILENT_SECONDS = 90.0
 # the same of a process on this machine that doesn't exist any more
@@ -24,6 +25,8 @@ _GONE_SECONDS = 15.0
 # the rate "now" is that of so many last seconds
 _NOW_SECONDS = 30.0
 _ENDS = {"finish": "finished", "stop": "stopped", "error": "failed"}
+# numbers and times of an honest log are smaller
+_MOST, _LATEST = 1 << 53, 1e11
 _FAULTS = ("retry", "lost", "hang", "excluded", "masked", "damaged", "error", "stop")
 
 
@@ -45,14 +48,16 @@ class Ran:
     def of(cls, event: dict[str, Any]) -> Ran:
         """From an event; raises ValueError, TypeError, KeyError or OverflowError where a field is wrong."""
         began, ended = float(event["began"]), float(event["ended"])
-        seconds = {str(stage): float(value) for stage, value in event["seconds"].items()}
-        if not all(map(math.isfinite, (began, ended, *seconds.values()))):
+        seconds = {printable(stage): float(value) for stage, value in event["seconds"].items()}
+        if not all(map(_is_time, (began, ended, *seconds.values()))):
             raise ValueError("not a time")
         # clocks that were set back in between
         ended = max(began, ended)
-        numbers = (int(event["frames"]), int(event["nbytes"]))
-        attempt = int(event.get("attempt", 1))
-        return cls(int(event["shard"]), str(event["worker"]), began, ended, *numbers, seconds, attempt, event["t"])
+        numbers = [int(event.get(key, 1)) for key in ("shard", "frames", "nbytes", "attempt")]
+        if not all(0 <= number < _MOST for number in numbers) or "shard" not in event:
+            raise ValueError("not a number of anything")
+        shard, frames, nbytes, attempt = numbers
+        return cls(shard, printable(event["worker"]), began, ended, frames, nbytes, seconds, attempt, event["t"])
 
 
 @dataclass
@@ -69,25 +74,34 @@ class Log:
         The shards, in the order of files and lines.
     broken : int
         Lines that are no events. A last line without an end is still being written.
+    unreadable : dict of str to str
+        Files of the log that are there and can't be read, and why.
     """
 
     folder: Path
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     shards: list[Ran] = field(default_factory=list)
     broken: int = 0
+    unreadable: dict[str, str] = field(default_factory=dict)
     _places: dict[str, int] = field(default_factory=dict)
 
     def read(self) -> Log:
         """Take in what is new."""
+        self.unreadable = {}
         for path in sorted(self.folder.glob("events*.jsonl")):
             place = self._places.get(path.name, 0)
-            if place > path.stat().st_size:
-                # another run writes here now
-                self.events, self.shards, self.broken, self._places = [], [], 0, {}
-                return self.read()
-            with path.open("rb") as file:
-                file.seek(place)
-                whole, _, _ = file.read().rpartition(b"\n")
+            try:
+                if place > path.stat().st_size:
+                    # another run writes here now
+                    self.events, self.shards, self.broken, self._places = [], [], 0, {}
+                    return self.read()
+                whole, _, _ = read_regular(path, place).rpartition(b"\n")
+            except FileNotFoundError:
+                # removed since it was listed
+                continue
+            except OSError as error:
+                self.unreadable[path.name] = error.strerror or str(error)
+                continue
             if whole:
                 self._places[path.name] = place + len(whole) + 1
                 for line in whole.split(b"\n"):
@@ -115,8 +129,8 @@ class Log:
     def facts(self) -> dict[str, Any]:
         """What run.json says; nothing where it can't be read."""
         try:
-            found = json.loads((self.folder / "run.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = json.loads(read_regular(self.folder / "run.json"))
+        except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -132,8 +146,21 @@ def _parsed(line: str) -> dict[str, Any] | None:
         return None
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         return None
-    t = event.get("t")
-    return event if isinstance(t, int | float) and math.isfinite(t) else None
+    return event if _is_time(event.get("t")) else None
+
+
+def _is_time(value: Any) -> bool:
+    # false for NaN, and for integers that are no float
+    return isinstance(value, int | float) and -_LATEST < value < _LATEST
+
+
+def printable(value: Any) -> str:
+    """A value as text that any terminal takes: no control characters, no halves of characters."""
+    try:
+        words = str(value)
+    except RecursionError:
+        return "?"
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in words)
 
 
 @dataclass(frozen=True)
@@ -239,7 +266,7 @@ def progress(log: Log, now: float | None = None) -> Progress:
 
 def _count(facts: dict[str, Any], key: str) -> int:
     value = facts.get(key)
-    return value if isinstance(value, int) and value > 0 else 0
+    return value if isinstance(value, int) and 0 < value < _MOST else 0
 
 
 def _sign(log: Log) -> float:
@@ -273,7 +300,7 @@ def _state(log: Log, sign: float, now: float, complete: bool) -> tuple[str, str]
     early = [event for event in ended if event["event"] != "finish"]
     if early:
         state = _ENDS[early[-1]["event"]]
-        why = f": {early[-1]['why']}" if early[-1].get("why") else ""
+        why = f": {printable(early[-1]['why'])}" if early[-1].get("why") else ""
         return state, f"failed{why}" if state == "failed" else f"ended early{why}. --resume goes on"
     if not turns and not log.shards:
         return "empty", "nothing was done yet"
@@ -321,30 +348,30 @@ def _recent(shards: list[Ran], now: float) -> float:
 
 
 def _fault(event: dict[str, Any]) -> Fault:
-    kind, why = event["event"], str(event.get("why", ""))
-    shard, worker = event.get("shard", "?"), str(event.get("worker", ""))
+    kind, why = event["event"], printable(event.get("why", ""))
+    shard, worker = printable(event.get("shard", "?")), printable(event.get("worker", ""))
     if kind == "retry":
-        again = f", again in {event['again_in']:.3g} s" if isinstance(event.get("again_in"), int | float) else ""
+        again = f", again in {event['again_in']:.3g} s" if _is_time(event.get("again_in")) else ""
         words = f"shard {shard} on {worker}: {why}{again}"
     elif kind == "lost":
         held = event.get("shards")
         words = f"{worker}: {why}; it had {len(held) if isinstance(held, list) else 0} shards in work"
     elif kind == "hang":
-        words = f"shard {shard} on {worker} shows nothing for {event.get('seconds', '?')} s"
+        words = f"shard {shard} on {worker} shows nothing for {printable(event.get('seconds', '?'))} s"
     elif kind == "damaged":
-        words = f"{event.get('count', '?')} shards that were kept are damaged, and run again"
+        words = f"{printable(event.get('count', '?'))} shards that were kept are damaged, and run again"
     elif kind == "masked":
-        words = f"shard {shard}: {event.get('frames', '?')} frames: {why}"
+        words = f"shard {shard}: {printable(event.get('frames', '?'))} frames: {why}"
     else:
         words = f"{worker}: {why}" if worker else why
     return Fault(event["t"], kind, worker, words)
 
 
 def _workers(log: Log) -> tuple[Worker, ...]:
-    mine: dict[str, list[Ran]] = {str(event["worker"]): [] for event in log.named("worker") if "worker" in event}
+    mine: dict[str, list[Ran]] = {printable(event["worker"]): [] for event in log.named("worker") if "worker" in event}
     for ran in log.shards:
         mine.setdefault(ran.worker, []).append(ran)
-    out = {str(event.get("worker")): event["event"] for event in log.named("lost", "excluded")}
+    out = {printable(event.get("worker")): event["event"] for event in log.named("lost", "excluded")}
     return tuple(
         Worker(
             name, len(ran), sum(r.nbytes for r in ran), sum(b - a for a, b in busy(ran)),
@@ -367,4 +394,7 @@ def busy(shards: Iterable[Ran]) -> list[tuple[float, float]]:
 
 def natural(name: str) -> list[tuple[int, str]]:
     """To sort names as people do: node 2 before node 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
+    # more digits than those of any number of workers are a name
+    return [
+        (int(p), "") if p.isascii() and p.isdigit() and len(p) < 20 else (-1, p) for p in re.split(r"([0-9]+)", name)
+    ]

@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuem.status import Log, Ran, busy, natural
+from gpuem.status import Log, Ran, busy, natural, printable
 
 STAGES = ("read", "copy", "decode", "compute", "wait")
 _WORK = STAGES[:4]
@@ -93,7 +93,7 @@ def _beside_work(log: Log, mine: dict[str, list[Ran]]) -> tuple[float, float, fl
     spans = {name: np.interp(busy(own), *cut).tolist() for name, own in mine.items()}
     worked = sum(b - a for found in spans.values() for a, b in found)
     idle = sum(found[-1][1] - found[0][0] for found in spans.values()) - worked
-    gone = {str(event.get("worker")) for event in log.named("lost", "excluded")}
+    gone = {printable(event.get("worker")) for event in log.named("lost", "excluded")}
     order = sorted(spans, key=lambda name: spans[name][0][0])
     firsts = np.array([spans[name][0][0] for name in order])
     lasts = np.array([spans[name][-1][1] for name in order])
@@ -166,7 +166,11 @@ def timeline(log: Log) -> Timeline:
     seconds[seconds.sum(1) <= 0, -1] = 1.0
     cut = [(float(np.interp((a + b) / 2, knots, values)), b - a) for a, b in out if b - a > shown]
     marks = [
-        (str(event["event"]), float(np.interp(event["t"], knots, values)), _row(str(event.get("worker", "")), rows))
+        (
+            str(event["event"]),
+            float(np.interp(event["t"], knots, values)),
+            _row(printable(event.get("worker", "")), rows),
+        )
         for event in log.named("retry", "lost", "hang", "excluded")
     ]
     return Timeline(

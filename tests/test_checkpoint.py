@@ -521,19 +521,3 @@ def test_a_description_that_can_not_be_read_is_not_taken_for_none(tmp_path):
     file.mkdir()
     with pytest.raises(errors.InputError, match="try again"):
         run_folder.description(tmp_path)
-
-
-def test_looked_analyses_come_back_or_are_damaged(tmp_path):
-    run_folder.keep_looked(tmp_path, chosen())
-    found = run_folder.looked(tmp_path)
-    assert [analysis.name for analysis in found] == [analysis.name for analysis in chosen()]
-    whole = (tmp_path / "looked.pkl").read_bytes()
-    for at in (0, 31, 32, len(whole) // 2, len(whole) - 1):
-        changed = bytearray(whole)
-        changed[at] ^= 1
-        (tmp_path / "looked.pkl").write_bytes(changed)
-        with pytest.raises(errors.InputError, match="damaged"):
-            run_folder.looked(tmp_path)
-    (tmp_path / "looked.pkl").unlink()
-    with pytest.raises(errors.InputError, match="No such file"):
-        run_folder.looked(tmp_path)

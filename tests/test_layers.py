@@ -18,12 +18,15 @@ AFTER = [
     "look",
     "data_sets",
     "recipe",
+    "shard_records",
     "checkpoint",
     "identity",
+    "prepared",
     "run_folder",
     "executors",
     "keeping",
     "provenance",
+    "resume",
     "synthetic_kernels",
     "synthetic",
     "job",
@@ -48,7 +51,7 @@ AFTER = [
     "cli",
     "__main__",
 ]
-EVERYWHERE = ["errors", "axes", "atomic", "interrupts"]
+EVERYWHERE = ["errors", "axes", "atomic", "interrupts", "regular_files"]
 
 
 def modules():

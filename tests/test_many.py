@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import gpuem
 from gpuem import data_sets, executors, many, recipe, run_folder, tiles
-from gpuem.errors import DataError, ResumableError
+from gpuem.errors import DataError, OutputError, ResumableError
 from gpuem.executors import Here
 from gpuem.formats.remote import Url
 
@@ -409,12 +409,12 @@ def test_nobody_left_ends_it_and_nobody_to_begin_with_is_an_error(three, monkeyp
 
 def test_a_summary_that_cannot_be_written_ends_nothing(three, monkeypatch, caplog):
     def full(path, content):
-        raise OSError(28, "No space left on device")
+        raise OutputError(f"{path}: not written: the disk is full")
 
-    monkeypatch.setattr(many, "write_whole", full)
+    monkeypatch.setattr(many, "write_file", full)
     got = gpuem.run_recipes(write_recipe('path = "data/*.npy"'))
     check_maps(got["two"][0], three["two"])
-    assert "recipe.summary.json: not written: No space left on device" in caplog.text
+    assert "recipe.summary.json: not written: the disk is full" in caplog.text
 
 
 def test_many_runs_leave_no_open_files():

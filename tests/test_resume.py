@@ -28,6 +28,7 @@ def _small(monkeypatch):
     shrink(monkeypatch, SHARD)
     # nobody cuts the power
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(os, "fdatasync", lambda descriptor: None)
 
 
 @pytest.fixture

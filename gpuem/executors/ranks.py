@@ -19,13 +19,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gpuem import errors
+from gpuem.atomic import write_file
 from gpuem.checkpoint import Store
 from gpuem.engine import Job, Partial
-from gpuem.errors import GpuemError, RecipeError, ResumableError
+from gpuem.errors import GpuemError, OutputError, RecipeError, ResumableError
 from gpuem.executors import copies, local
 from gpuem.executors.claims import Claims
 from gpuem.executors.dispatch import Report
-from gpuem.run_folder import RunFolder, say_launch, write_whole
+from gpuem.regular_files import read_regular
+from gpuem.run_folder import RunFolder, read_launch, say_launch
 
 log = logging.getLogger("gpuem")
 # how often rank 0 looks what the others finished, in seconds
@@ -322,8 +324,8 @@ def marked(folder: RunFolder, rank: Rank) -> Iterator[None]:
         if error is not None:
             said.update(why=str(error) or type(error).__name__, kind=type(error).__name__)
         # the disk may be full; then rank 0 waits for a sign of life
-        with suppress(OSError):
-            write_whole(mark, json.dumps(said).encode())
+        with suppress(OutputError):
+            write_file(mark, json.dumps(said).encode())
 
 
 def wait_for_launch(folder: Path, rank: Rank, patience: float, sleep: Callable[[float], None] = time.sleep) -> bool:
@@ -338,12 +340,9 @@ def wait_for_launch(folder: Path, rank: Rank, patience: float, sleep: Callable[[
     while True:
         # asked first: rank 0 says that all is done before it goes
         silent = pulse.silent()
-        try:
-            said = json.loads((folder / "launch.json").read_text(encoding="utf-8"))
-            if said["launch"] == rank.launch:
-                return not said.get("over")
-        except (OSError, ValueError, KeyError):
-            pass
+        said = read_launch(folder)
+        if said is not None and said[0] == rank.launch:
+            return not said[1]
         if silent > (ENDED if pulse.was_there and not pulse.there else max(patience, SILENT)):
             why = "ended before it began" if pulse.was_there and not pulse.there else "hasn't begun"
             raise ResumableError(f"{folder}: rank 0 {why}; no sign of life for {silent:.0f} s")
@@ -353,13 +352,16 @@ def wait_for_launch(folder: Path, rank: Rank, patience: float, sleep: Callable[[
 def _mark(folder: Path, number: int, launch: str) -> dict[str, str] | None:
     """What a rank said at its end, if it ended."""
     try:
-        found = json.loads((folder / f"rank-{number}").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(read_regular(folder / f"rank-{number}"))
+        said = {name: str(found[name]) for name in ("launch", "why", "kind")}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
-    return found if found.get("launch") == launch else None
+    return said if said["launch"] == launch else None
 
 
 def _error(mark: dict[str, str]) -> type[GpuemError]:
     """The kind of error that ended a rank: what is wrong for good must not look as if it passed."""
-    kind = getattr(errors, mark.get("kind", ""), ResumableError)
+    kind = vars(errors).get(mark["kind"])
+    if not (isinstance(kind, type) and issubclass(kind, GpuemError)):
+        return ResumableError
     return errors.InputError if kind is errors.TruncatedError else kind
