@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from gpuem.errors import InputError, TruncatedError
+from gpuem.formats.hdf5_chunks import chunk_tables
 from gpuem.formats.hdf5_file import Files, calls, located, opened, pixel_type
 from gpuem.formats.remote import Place, Url
 from gpuem.formats.source import Chunks, Layout, Piece, Runs, Step
 
 _PLAIN = {1: "deflate", 3: "fletcher32", 32000: "lzf", 32001: "blosc", 32004: "lz4", 32015: "zstd"}
-_MOST_CHUNKS = 1 << 28
 _CHECKSUM = ("shuffle", "fletcher32")
 
 
@@ -132,23 +132,8 @@ def _chunked(dset: Any, stored: np.dtype[Any], files: Files, *, fit: bool) -> li
         files.note(f"{dset.name}: read through h5py, by one thread, because of {why}")
         return None
     shape, chunk = ((1,) * (dset.ndim == 2) + tuple(v) for v in (dset.shape, dset.chunks))
-    grid = tuple(-(-n // c) for n, c in zip(shape, chunk, strict=True))
-    number, total = files.index(_path(dset)), math.prod(grid)
-    if total > _MOST_CHUNKS:
-        raise InputError(
-            f"{_path(dset)}: {dset.name} {shape} has {total} chunks {chunk}; {_MOST_CHUNKS} can be indexed"
-        )
-    offset, length, skipped = np.zeros(total, np.int64), np.zeros(total, np.int64), np.zeros(total, np.uint32)
-    entries: list[Any] = []
-    dset.id.chunk_iter(entries.append)
-    if entries:
-        at = np.array([entry.chunk_offset for entry in entries], np.int64) // np.array(dset.chunks)
-        at = np.concatenate([np.zeros((len(at), int(dset.ndim == 2)), np.int64), at], axis=1)
-        inside = (at < grid).all(axis=1)
-        flat = np.ravel_multi_index(tuple(at[inside].T), grid)
-        offset[flat] = np.array([entry.byte_offset for entry in entries], np.int64)[inside] + _shift(dset, entries[0])
-        length[flat] = np.array([entry.size for entry in entries], np.int64)[inside]
-        skipped[flat] = np.array([entry.filter_mask for entry in entries], np.uint32)[inside]
+    offset, length, skipped = chunk_tables(dset)
+    number, total = files.index(_path(dset)), offset.size
     gone = int((length == 0).sum())
     if gone:
         files.note(f"{dset.name}: {gone} of its {total} chunks were never written")
@@ -161,13 +146,6 @@ def _chunked(dset: Any, stored: np.dtype[Any], files: Files, *, fit: bool) -> li
         length[cut] = 0
     layout = Chunks(chunk, np.full(total, number, np.int64), offset, length, skipped)
     return [Piece(0, shape[:-2], layout, stored, codec)]
-
-
-def _shift(dset: Any, entry: Any) -> int:
-    """What is missing from the offsets of `chunk_iter` in a file with a user block: some HDF5 releases leave it out."""
-    if not dset.file.userblock_size:
-        return 0
-    return int(dset.id.get_chunk_info_by_coord(entry.chunk_offset).byte_offset - entry.byte_offset)
 
 
 def beside(dset: Any, name: str) -> Place:
