@@ -116,7 +116,9 @@ def _placed(scaled: Table, grid: tuple[int, ...]) -> Table | str:
         first = scaled[np.argmax(outside)].tolist()
         return f"{int(outside.sum())} lie outside of the grid {grid}, such as {first}"
     flat = np.ravel_multi_index(tuple(scaled.T), grid).astype(np.int64)
-    if np.unique(flat).size < flat.size:
+    seen = np.zeros(math.prod(grid), np.bool_)
+    seen[flat] = True
+    if np.count_nonzero(seen) < flat.size:
         return "a chunk is reported twice"
     return flat
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpuem.errors import InputError, TruncatedError
+from gpuem.formats import hdf5_virtual
 from gpuem.formats.hdf5_chunks import chunk_tables
-from gpuem.formats.hdf5_file import Files, calls, located, opened, pixel_type
+from gpuem.formats.hdf5_file import Files, calls, located, pixel_type
+from gpuem.formats.hdf5_selection import promised_shape
 from gpuem.formats.remote import Place, Url
 from gpuem.formats.source import Chunks, Layout, Piece, Runs, Step
+from gpuem.formats.stitch import without, written
 
 _PLAIN = {1: "deflate", 3: "fletcher32", 32000: "lzf", 32001: "blosc", 32004: "lz4", 32015: "zstd"}
 _CHECKSUM = ("shuffle", "fletcher32")
@@ -39,12 +42,12 @@ def describe(dset: Any, files: Files, *, fit: bool) -> list[Piece]:
         A file ends before its last frame.
     """
     stored, exact = pixel_type(dset)
-    nav = dset.shape[:-2] or (1,)
     plist = dset.id.get_create_plist()
+    missing = np.zeros(0, np.bool_)
     if dset.is_virtual:
-        pieces = _virtual(dset, files, fit=fit)
+        pieces, missing = hdf5_virtual.read(dset, files, fit=fit, describe=describe, beside=beside)
         if pieces is None:
-            files.note(f"{dset.name}: virtual, but not whole frames in order; read through h5py, by one thread")
+            files.note(f"{dset.name}: virtual, but not of boxes of frames; read through h5py, by one thread")
     elif not exact:
         pieces = None
         files.note(f"{dset.name}: its numbers have unused bits, so it is read through h5py, by one thread")
@@ -62,9 +65,12 @@ def describe(dset: Any, files: Files, *, fit: bool) -> list[Piece]:
             "and it can't over a network; copy all of them to a disk"
         )
     if pieces is None:
-        layout: Layout = calls(dset, stored)
         files.index(_path(dset))
-        return [Piece(0, nav, layout, stored.newbyteorder("="))]
+        if dset.chunks and not missing.size and hasattr(dset.id, "chunk_iter"):
+            missing = _unwritten(dset, files)
+        layout: Layout = calls(dset, stored, tuple(files.met.values()) if dset.is_virtual or dset.external else ())
+        piece = Piece(0, promised_shape(dset)[:-2] or (1,), layout, stored.newbyteorder("="))
+        return [without(piece, dset.shape[-2:], missing)]
     return pieces
 
 
@@ -86,6 +92,21 @@ def _contiguous(dset: Any, stored: np.dtype[Any], files: Files, *, fit: bool) ->
     whole = _whole(dset, math.prod(nav), there, files, fit=fit)
     shape = nav if whole == math.prod(nav) else (whole,)
     return [Piece(0, shape, Runs.one(offset, whole, frame_bytes, frame_bytes, number), stored)] if whole else []
+
+
+def _unwritten(dset: Any, files: Files) -> NDArray[np.bool_]:
+    """Frames of a dataset that HDF5 reads which lie in chunks that were never written."""
+    shape, chunk = ((1,) * (dset.ndim == 2) + tuple(v) for v in (dset.shape, dset.chunks))
+    offset, length, skipped = chunk_tables(dset)
+    _note_unwritten(dset, length, files)
+    there = written(Piece(0, shape[:-2], Chunks(chunk, offset, offset, length, skipped), np.dtype("u1")), shape[-2:])
+    return np.zeros(0, np.bool_) if there is None else ~there
+
+
+def _note_unwritten(dset: Any, length: NDArray[np.int64], files: Files) -> None:
+    gone = int((length == 0).sum())
+    if gone:
+        files.note(f"{dset.name}: {gone} of its {length.size} chunks were never written")
 
 
 def _whole(dset: Any, promised: int, there: int, files: Files, *, fit: bool, what: str = "") -> int:
@@ -134,9 +155,7 @@ def _chunked(dset: Any, stored: np.dtype[Any], files: Files, *, fit: bool) -> li
     shape, chunk = ((1,) * (dset.ndim == 2) + tuple(v) for v in (dset.shape, dset.chunks))
     offset, length, skipped = chunk_tables(dset)
     number, total = files.index(_path(dset)), offset.size
-    gone = int((length == 0).sum())
-    if gone:
-        files.note(f"{dset.name}: {gone} of its {total} chunks were never written")
+    _note_unwritten(dset, length, files)
     cut = (offset > files.size(number) - length) & (length > 0)
     if cut.any():
         message = f"{_path(dset)}: {files.size(number)} bytes; {int(cut.sum())} of {total} chunks lie beyond its end"
@@ -177,89 +196,3 @@ def _external(dset: Any, stored: np.dtype[Any], files: Files, *, fit: bool) -> l
             pieces += [Piece(start, (whole,), layout, stored)] if whole else []
         start, left = start + frames, left - frames
     return pieces
-
-
-def _virtual(dset: Any, files: Files, *, fit: bool) -> list[Piece] | None:
-    """Frames that lie in other datasets, when each is mapped as a range of whole frames in order; else None."""
-    dtype, covered, pieces = pixel_type(dset)[0], 0, []
-    for entry in dset.virtual_sources():
-        here = _range(entry.vspace, dset.shape)
-        if here is None or "%" in entry.file_name or "%" in entry.dset_name:
-            return None
-        path = _path(dset) if entry.file_name == "." else beside(dset, entry.file_name)
-        covered += here[1]
-        if not path.is_file():
-            message = f"{_path(dset)}: {dset.name} takes {here[1]} frames from {path}, which is missing"
-            if not fit:
-                raise InputError(f"{message}; set fit = true to go on without them")
-            files.note(message)
-            continue
-        with opened(path, files) as file:
-            if entry.dset_name not in file:
-                raise InputError(f"{path}: has no dataset {entry.dset_name}, from which {_path(dset)} takes frames")
-            source = file[entry.dset_name]
-            there = _range(entry.src_space, source.shape)
-            same = source.ndim > 1 and source.shape[-2:] == dset.shape[-2:]
-            if (
-                not same
-                or there is None
-                or there[1] != here[1]
-                or not np.can_cast(pixel_type(source)[0], dtype, "safe")
-            ):
-                return None
-            for piece in describe(source, files, fit=fit):
-                part = cut(piece, there[0], sum(there))
-                if part is None:
-                    return None
-                pieces += [replace(part, start=part.start - there[0] + here[0])] if part.frames else []
-    if covered < math.prod(dset.shape[:-2]):
-        files.note(f"{dset.name}: {math.prod(dset.shape[:-2]) - covered} of its frames are mapped to no file")
-    return sorted(pieces, key=lambda piece: piece.start)
-
-
-def _range(space: Any, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """First frame and number of frames of a selection; None unless it is whole frames one after another."""
-    import h5py
-
-    if space.get_select_type() == h5py.h5s.SEL_ALL:
-        return 0, math.prod(shape[:-2])
-    if space.get_select_type() != h5py.h5s.SEL_HYPERSLABS or not space.is_regular_hyperslab():
-        return None
-    # HDF5 stores of a source's shape only what the selection needs, so `shape` is the dataset's own
-    start, stride, count, block = space.get_regular_hyperslab()
-    if len(start) != len(shape) or any(c > 1 and s != b for s, c, b in zip(stride, count, block, strict=True)):
-        return None
-    extent = [c * b for c, b in zip(count, block, strict=True)]
-    if any(s + e > n for s, e, n in zip(start, extent, shape, strict=True)):
-        return None
-    # behind the first axis that isn't a single index, every axis must be taken whole
-    first = next((k for k, e in enumerate(extent) if e > 1), len(shape))
-    if any(e != n for e, n in list(zip(extent, shape, strict=True))[min(first + 1, len(shape) - 2) :]):
-        return None
-    nav = shape[:-2] or (1,)
-    at = int(np.ravel_multi_index(start[:-2] or (0,), nav))
-    return at, math.prod(extent[:-2])
-
-
-def cut(piece: Piece, first: int, stop: int) -> Piece | None:
-    """The frames of `piece` within ``[first, stop)``, counted as its `start` is; None where chunks would be cut."""
-    low, high = max(first, piece.start), min(stop, piece.start + piece.frames)
-    if high <= low:
-        return replace(piece, nav=(0,))
-    if high - low == piece.frames:
-        return piece
-    if isinstance(piece.layout, Runs) and len(piece.layout.file) == 1:
-        runs = piece.layout
-        offset = int(runs.offset[0] + (low - piece.start) * runs.stride[0])
-        part = Runs.one(offset, high - low, int(runs.stride[0]), runs.frame_bytes, int(runs.file[0]))
-        return replace(piece, start=low, nav=(high - low,), layout=part)
-    if not isinstance(piece.layout, Chunks):
-        return None
-    chunks, row = piece.layout, math.prod(piece.nav[1:])
-    a, b = (low - piece.start) / row, (high - piece.start) / row
-    if a % chunks.shape[0] or (b % chunks.shape[0] and b != piece.nav[0]):
-        return None
-    size = len(chunks.file) // -(-piece.nav[0] // chunks.shape[0])
-    rows = slice(int(a) // chunks.shape[0] * size, -(-int(b) // chunks.shape[0]) * size)
-    part_of = {name: getattr(chunks, name)[rows] for name in ("file", "offset", "length", "skipped")}
-    return replace(piece, start=low, nav=(int(b - a), *piece.nav[1:]), layout=replace(chunks, **part_of))
