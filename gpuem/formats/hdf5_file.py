@@ -39,6 +39,10 @@ class Files:
             self.met[path] = File.of(path)
         return list(self.met).index(path)
 
+    def at(self, number: int) -> File:
+        """File of that number."""
+        return list(self.met.values())[number]
+
     def size(self, number: int) -> int:
         """Bytes of a file."""
         return list(self.met.values())[number].size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuem.errors import InputError, TruncatedError
-from gpuem.formats import hdf5_virtual
+from gpuem.formats import hdf5_external, hdf5_virtual
 from gpuem.formats.hdf5_chunks import chunk_tables
 from gpuem.formats.hdf5_file import Files, calls, located, pixel_type
 from gpuem.formats.hdf5_selection import promised_shape
@@ -48,18 +49,23 @@ def describe(dset: Any, files: Files, *, fit: bool) -> list[Piece]:
         pieces, missing = hdf5_virtual.read(dset, files, fit=fit, describe=describe, beside=beside)
         if pieces is None:
             files.note(f"{dset.name}: virtual, but not of boxes of frames; read through h5py, by one thread")
+    elif dset.external:
+        pieces, missing = hdf5_external.read(dset, stored, files, fit=fit, beside=beside)
     elif not exact:
         pieces = None
         files.note(f"{dset.name}: its numbers have unused bits, so it is read through h5py, by one thread")
-    elif dset.external:
-        pieces = _external(dset, stored, files, fit=fit)
     elif dset.chunks:
         pieces = _chunked(dset, stored, files, fit=fit)
     elif plist.get_layout() == 1:
         pieces = _contiguous(dset, stored, files, fit=fit)
     else:
         pieces = None
-    if pieces is None and isinstance(_path(dset), Url) and (dset.is_virtual or dset.external):
+    if dset.external and not exact:
+        raise InputError(
+            f"{_path(dset)}: {dset.name} has numbers with unused bits in raw files, which gpuem doesn't read; copy it "
+            "into one file (h5repack)"
+        )
+    if pieces is None and isinstance(_path(dset), Url) and dset.is_virtual:
         raise InputError(
             f"{_path(dset)}: {dset.name} is put together from other files in a way that only HDF5 itself can follow, "
             "and it can't over a network; copy all of them to a disk"
@@ -68,7 +74,7 @@ def describe(dset: Any, files: Files, *, fit: bool) -> list[Piece]:
         files.index(_path(dset))
         if dset.chunks and not missing.size and hasattr(dset.id, "chunk_iter"):
             missing = _unwritten(dset, files)
-        layout: Layout = calls(dset, stored, tuple(files.met.values()) if dset.is_virtual or dset.external else ())
+        layout: Layout = calls(dset, stored, tuple(files.met.values()) if dset.is_virtual else ())
         piece = Piece(0, promised_shape(dset)[:-2] or (1,), layout, stored.newbyteorder("="))
         return [without(piece, dset.shape[-2:], missing)]
     return pieces
@@ -168,31 +174,17 @@ def _chunked(dset: Any, stored: np.dtype[Any], files: Files, *, fit: bool) -> li
 
 
 def beside(dset: Any, name: str) -> Place:
-    """A file that an HDF5 file names: beside it, else from the working directory as HDF5 does; it may be missing."""
-    near = _path(dset).parent / name
-    return near if isinstance(near, Url) or near.exists() or not Path(name).exists() else Path(name)
+    """A file that an HDF5 file names, looked for beside it first, else as HDF5 does; it may be missing.
 
-
-def _external(dset: Any, stored: np.dtype[Any], files: Files, *, fit: bool) -> list[Piece] | None:
-    """Raw files beside the HDF5 file, when each holds whole frames; else None."""
-    frame_bytes = math.prod(dset.shape[-2:]) * stored.itemsize
-    left, start, pieces = math.prod(dset.shape[:-2]), 0, []
-    for name, offset, size in dset.external:
-        frames, rest = divmod(min(size, left * frame_bytes), frame_bytes)
-        if rest:
-            files.note(f"{dset.name}: a frame spans two raw files, so it is read through h5py, by one thread")
-            return None
-        path = beside(dset, name if isinstance(name, str) else name.decode())
-        if not path.is_file():
-            message = f"{_path(dset)}: {dset.name} keeps {frames} frames in {path}, which is missing"
-            if not fit:
-                raise InputError(f"{message}; set fit = true to go on without them")
-            files.note(message)
-        elif frames:
-            number = files.index(path)
-            there = max(0, files.size(number) - offset) // frame_bytes
-            whole = _whole(dset, frames, there, files, fit=fit, what=str(path))
-            layout = Runs.one(offset, whole, frame_bytes, frame_bytes, number)
-            pieces += [Piece(start, (whole,), layout, stored)] if whole else []
-        start, left = start + frames, left - frames
-    return pieces
+    HDF5 takes the last part of an absolute name that leads nowhere, the working directory, and the folder that a
+    symbolic link leads to; for sources of virtual datasets the folders in HDF5_VDS_PREFIX before all others.
+    """
+    folder = _path(dset).parent
+    if isinstance(folder, Url):
+        return folder / name
+    short = Path(name).name if Path(name).is_absolute() else name
+    prefixes = os.environ.get("HDF5_VDS_PREFIX", "").split(os.pathsep) if getattr(dset, "is_virtual", False) else []
+    places = [Path(prefix.replace("${ORIGIN}", str(folder))) / short for prefix in prefixes if prefix]
+    places = [*places, folder / name] if short == name else [folder / name, *places, folder / short]
+    places += [Path(short), _path(dset).resolve().parent / short]
+    return next((place for place in places if place.exists()), folder / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
@@ -76,7 +77,7 @@ def promised_shape(dset: Any) -> tuple[int, ...]:
     if not shape or not dset.is_virtual:
         return shape
     most = list(shape)
-    for entry in dset.virtual_sources():
+    for entry in _as_written(dset):
         axis, start, stride, block = _unlimited(entry.vspace)
         if axis is None or len(entry.vspace.shape) != len(most):
             continue
@@ -85,6 +86,18 @@ def promised_shape(dset: Any) -> tuple[int, ...]:
         for number in _numbers(dset, entry.file_name):
             most[axis] = max(most[axis], start + number * stride + block)
     return tuple(most)
+
+
+def _as_written(dset: Any) -> list[Any]:
+    """The mappings with the shape that the file says: once HDF5 has looked at the sources, it says theirs instead."""
+    import h5py
+
+    path = located(dset.file)
+    if not isinstance(path, Url):
+        # through a driver of its own, HDF5 takes it for another file
+        with contextlib.suppress(OSError, KeyError), path.open("rb") as stream, h5py.File(stream, "r") as file:
+            return list(file[dset.name].virtual_sources())
+    return list(dset.virtual_sources())
 
 
 def mappings(dset: Any, shape: tuple[int, ...]) -> Iterator[Mapping]:

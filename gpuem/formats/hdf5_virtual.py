@@ -202,7 +202,7 @@ class _Build:
         except TruncatedError:
             raise
         except GpuemError as error:
-            if not self.fit or (path, name) in self.files.virtual:
+            if not self.fit:
                 raise
             return f"{path}, which can't be used: {error}"
 
