@@ -382,7 +382,7 @@ def _load_array(source: Source, files: Files, piece: Piece, box: Box) -> NDArray
         shape = (*piece.nav, *source.frame_shape)
         array = np.ndarray(shape, piece.stored, files.view(layout.file), layout.offset, layout.strides)[whole]
         return np.ascontiguousarray(array, source.raw_dtype)
-    assert not isinstance(layout, Runs | Chunks | Resident)
+    assert not isinstance(layout, Runs | Chunks | Stitched | Resident)
     if layout.concurrent:
         return np.ascontiguousarray(layout.read(whole), source.raw_dtype)
     with files.one_at_a_time:

@@ -186,5 +186,5 @@ def beside(dset: Any, name: str) -> Place:
     prefixes = os.environ.get("HDF5_VDS_PREFIX", "").split(os.pathsep) if getattr(dset, "is_virtual", False) else []
     places = [Path(prefix.replace("${ORIGIN}", str(folder))) / short for prefix in prefixes if prefix]
     places = [*places, folder / name] if short == name else [folder / name, *places, folder / short]
-    places += [Path(short), _path(dset).resolve().parent / short]
+    places += [Path(short), (folder / _path(dset).name).resolve().parent / short]
     return next((place for place in places if place.exists()), folder / name)

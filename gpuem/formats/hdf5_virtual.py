@@ -19,8 +19,8 @@ from gpuem.errors import GpuemError, InputError, TruncatedError
 from gpuem.formats.hdf5_file import Files, located, opened, pixel_type
 from gpuem.formats.hdf5_selection import Mapping, Selection, mappings, promised_shape, selection
 from gpuem.formats.remote import Place
-from gpuem.formats.source import Chunks, Part, Piece, Runs, Stitched
-from gpuem.formats.stitch import cut, flattened, stitched, taken, written
+from gpuem.formats.source import Part, Piece, Stitched
+from gpuem.formats.stitch import cut, merged, stitched, taken, written
 
 # tables of where every frame of every module lies are made for so many of them
 _MOST_ENTRIES = 1 << 28
@@ -41,11 +41,12 @@ class _Stock:
 
 @dataclass(frozen=True)
 class _Known:
-    """A mapped dataset: for every frame the piece that holds it (-1: none), and which frame of that it is."""
+    """A mapped dataset: for every frame the piece it lies in (-1: none), which frame of that, and if it was written."""
 
     shape: tuple[int, ...]
     piece: NDArray[np.int64]
     local: NDArray[np.int64]
+    held: NDArray[np.bool_]
     exact: bool
     path: Place
 
@@ -96,7 +97,7 @@ def read(dset: Any, files: Files, *, fit: bool, describe: Describe, beside: Find
         if (beyond & ~build.lost).any():
             files.note(f"{dset.name}: HDF5 itself reads only {dset.shape[0] * row} of its {frames} frames")
         build.lost |= beyond
-    return pieces, build.lost
+    return pieces, build.lost | build.unwritten
 
 
 def _as_many(chosen: Selection | None, target: Selection) -> Selection | None:
@@ -118,7 +119,8 @@ class _Build:
         self.where, self.frame = located(dset.file), (int(shape[-2]), int(shape[-1]))
         self.stored = pixel_type(dset)[0].newbyteorder("=")
         self.count = math.prod(shape[:-2])
-        self.lost = np.zeros(self.count, np.bool_)
+        # frames that lie in no file; and those that have a place there in which nothing was ever written
+        self.lost, self.unwritten = np.zeros(self.count, np.bool_), np.zeros(self.count, np.bool_)
         self.odd = ""
         self.stock = _Stock()
         self.boxes: dict[tuple[int, int, int, int], _Box] = {}
@@ -126,8 +128,8 @@ class _Build:
 
     def add(self, mapping: Mapping) -> None:
         """Follow one mapping."""
-        for target in mapping.target:
-            self._cover(target)
+        for part in mapping.target:
+            self._cover(part)
         source = self._source(mapping)
         target = mapping.target[0] if mapping.target else None
         if target is None or not target.frames.size:
@@ -146,6 +148,7 @@ class _Build:
         piece = np.where(there, source.piece[chosen.frames], -1)
         local = np.where(there, source.local[chosen.frames], -1)
         self.lost[target.frames[piece < 0]] = True
+        self.unwritten[target.frames[~np.where(there, source.held[chosen.frames], False)]] = True
         box, inside = target.box, chosen.box
         if box is None or inside is None or box[2:] != inside[2:] or not source.exact:
             self.odd = self.odd or "it doesn't map boxes of frames to boxes of frames of a type that fits"
@@ -182,7 +185,7 @@ class _Build:
             self.stock.known[key] = self._opened(path, mapping.dataset)
         found = self.stock.known[key]
         if isinstance(found, str):
-            frames = np.unique(np.concatenate([target.frames for target in mapping.target])) if mapping.target else []
+            frames = {int(k) for target in mapping.target for k in target.frames}
             message = f"{self.where}: {self.dset.name} takes {len(frames)} frames from {found}"
             if not self.fit:
                 raise InputError(f"{message}; set fit = true to go on without them")
@@ -209,24 +212,26 @@ class _Build:
     def _known(self, source: Any, path: Place) -> _Known:
         shape = promised_shape(source)
         if len(shape) < 2 or math.prod(shape) == 0:
-            return _Known(shape, np.zeros(0, np.int64), np.zeros(0, np.int64), False, path)
+            none = np.zeros(0, np.int64)
+            return _Known(shape, none, none, none > 0, False, path)
         count = math.prod(shape[:-2])
-        which, local = np.full(count, -1, np.int64), np.zeros(count, np.int64)
+        which, local, held = np.full(count, -1, np.int64), np.zeros(count, np.int64), np.zeros(count, np.bool_)
         frame = (int(shape[-2]), int(shape[-1]))
         for piece in self.describe(source, self.files, fit=self.fit):
             there = written(piece, frame)
             own = slice(piece.start, piece.start + piece.frames)
-            which[own] = np.where(True if there is None else there, len(self.stock.pieces), -1)
+            which[own], held[own] = len(self.stock.pieces), True if there is None else there
             local[own] = np.arange(piece.frames)
             self.stock.pieces.append(piece)
             self.stock.shapes.append(frame)
-        return _Known(shape, which, local, bool(np.can_cast(pixel_type(source)[0], self.stored, "safe")), path)
+        exact = bool(np.can_cast(pixel_type(source)[0], self.stored, "safe"))
+        return _Known(shape, which, local, held, exact, path)
 
     def _irregular(self, mapping: Mapping, source: _Known | str) -> None:
         """What HDF5 alone can follow: all of its frames hang on all of the source's."""
         if isinstance(source, _Known):
             self.odd = self.odd or "it doesn't map frames to frames"
-            if source.piece.size and (source.piece >= 0).all():
+            if source.held.size and source.held.all():
                 return
         for target in mapping.target:
             self.lost[target.frames] = True
@@ -286,7 +291,7 @@ class _Build:
     @property
     def fill(self) -> float:
         """What the file says that pixels have which are stored nowhere."""
-        return self.stored.type(self.dset.fillvalue).item()
+        return float(self.stored.type(self.dset.fillvalue)) if self.stored.kind == "f" else int(self.dset.fillvalue)
 
     def pieces(self) -> list[Piece] | None:
         """The frames as byte extents: ranges of frames where these follow one another, else a table of them."""
@@ -296,6 +301,7 @@ class _Build:
             moved = (box.piece[1:] != box.piece[:-1]) | (box.inside[1:] != box.inside[:-1]).any(axis=1)
             change |= ~none[1:] & (moved | ((box.local[1:] != box.local[:-1] + 1) & (box.piece[1:] >= 0)))
         edges = [0, *(np.flatnonzero(change) + 1).tolist(), self.count]
+        # frames in an order of their own
         if len(edges) > min(_MOST_PIECES, 16 + 4 * len(self.stock.pieces)):
             return self._table()
         found = []
@@ -332,64 +338,16 @@ class _Build:
         made = []
         for (y, x, rows, columns), box in self.boxes.items():
             used = np.flatnonzero(~self.lost & (box.piece >= 0))
-            merged = self._merged(box, used)
-            if merged is None or (box.inside[used] != box.inside[used[:1]]).any():
+            numbers = np.unique(box.piece[used]).tolist()
+            shapes = {self.stock.shapes[k] for k in numbers}
+            if len(shapes) != 1 or (box.inside[used] != box.inside[used[:1]]).any():
                 return None
-            piece, shape = merged
-            inside = (int(box.inside[used[0], 0]), int(box.inside[used[0], 1]))
+            shape, inside = shapes.pop(), (int(box.inside[used[0], 0]), int(box.inside[used[0], 1]))
+            which = np.where(self.lost, -1, box.piece)
+            piece = merged({k: self.stock.pieces[k] for k in numbers}, shape, which, box.local)
+            if piece is None:
+                return None
             made.append(taken(piece, shape, 0, self.count, Part(piece, shape, 0, inside, (rows, columns), (y, x))))
         made.append(Stitched((), missing=self.lost))
         piece = stitched(0, self.count, made, self.frame, self.fill, self.stored)
         return None if piece is None else [piece]
-
-    def _merged(self, box: _Box, used: NDArray[np.int64]) -> tuple[Piece, tuple[int, int]] | None:
-        numbers = np.unique(box.piece[used]).tolist()
-        flat = {k: flattened(self.stock.pieces[k]) for k in numbers}
-        kinds = {
-            (
-                p.stored,
-                p.codec,
-                p.layout.shape if isinstance(p.layout, Chunks) else type(p.layout),
-                self.stock.shapes[k],
-            )
-            for k, p in flat.items()
-            if p is not None
-        }
-        first = flat[numbers[0]] if numbers else None
-        if first is None or len(kinds) > 1 or any(p is None for p in flat.values()):
-            return None
-        shape = self.stock.shapes[numbers[0]]
-        chunk = first.layout.shape if isinstance(first.layout, Chunks) else (1,)
-        if chunk[0] != 1 or not isinstance(first.layout, Runs | Chunks):
-            return None
-        per = (
-            math.prod(-(-n // c) for n, c in zip(shape, chunk[1:], strict=False))
-            if isinstance(first.layout, Chunks)
-            else 1
-        )
-        file, offset = np.zeros((self.count, per), np.int64), np.zeros((self.count, per), np.int64)
-        length, skipped = np.zeros((self.count, per), np.int64), np.zeros((self.count, per), np.uint32)
-        for k in numbers:
-            mine = used[box.piece[used] == k]
-            local, layout = box.local[mine], flat[k].layout  # type: ignore[union-attr]
-            if isinstance(layout, Chunks):
-                for table, own in (
-                    (file, layout.file),
-                    (offset, layout.offset),
-                    (length, layout.length),
-                    (skipped, layout.skipped),
-                ):
-                    table[mine] = own.reshape(-1, per)[local]
-            elif isinstance(layout, Runs):
-                ends = np.cumsum(layout.frames)
-                run = np.searchsorted(ends, local, side="right")
-                file[mine, 0] = layout.file[run]
-                offset[mine, 0] = layout.offset[run] + (local - (ends - layout.frames)[run]) * layout.stride[run]
-        if isinstance(first.layout, Chunks):
-            tables = [table.reshape(-1) for table in (file, offset, length, skipped)]
-            merged: Any = Chunks(first.layout.shape, *tables)
-        else:
-            size = first.layout.frame_bytes
-            ones = np.ones(self.count, np.int64)
-            merged = Runs(file.reshape(-1), offset.reshape(-1), ones, size * ones, size)
-        return Piece(0, (self.count,), merged, first.stored, first.codec), shape

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuem.formats.source import Chunks, Part, Piece, Runs, Stitched, stored_layout
+from gpuem.formats.source import Chunks, Part, Piece, Runs, Step, Stitched, stored_layout
 
 Gap = tuple[int, int, int, int]
 
@@ -134,13 +135,13 @@ def taken(piece: Piece, shape: tuple[int, int], first: int, frames: int, box: Pa
     return Stitched(tuple(parts), layout.gaps, layout.fill, missing)
 
 
-def _pair(values: object) -> tuple[int, int]:
-    y, x = values  # type: ignore[misc]
-    return int(y), int(x)
+def _pair(values: Iterable[int]) -> tuple[int, int]:
+    y, x = values
+    return y, x
 
 
 def stitched(
-    start: int, frames: int, made: Sequence[Stitched], frame: tuple[int, int], fill: float, stored: np.dtype
+    start: int, frames: int, made: Sequence[Stitched], frame: tuple[int, int], fill: float, stored: np.dtype[Any]
 ) -> Piece | None:
     """One piece of parts side by side; None where their frames are arranged in different ways."""
     parts = [part for one in made for part in one.parts]
@@ -160,3 +161,59 @@ def stitched(
         nav = (frames // row, *next(iter(rests)))
     layout = Stitched(tuple(parts), gaps(parts, frame), fill, missing if missing.any() else None)
     return Piece(start, nav, layout, stored)
+
+
+def merged(
+    pieces: Mapping[int, Piece], shape: tuple[int, int], which: NDArray[np.int64], local: NDArray[np.int64]
+) -> Piece | None:
+    """One piece whose frame i is frame ``local[i]`` of ``pieces[which[i]]`` (-1: none), by a table of all frames.
+
+    Parameters
+    ----------
+    pieces : mapping of int to Piece
+        At least one.
+    shape : tuple of int
+        Shape of their frames.
+    which, local : (n,) int64
+        Where each frame comes from.
+
+    Returns
+    -------
+    Piece or None
+        None where they are not stored alike, or in chunks of several frames.
+    """
+    flat = {k: flattened(piece) for k, piece in pieces.items()}
+    kinds = {None if piece is None else _kind(piece) for piece in flat.values()}
+    kind = kinds.pop()
+    if kinds or kind is None:
+        return None
+    stored, codec, chunk = kind
+    per = math.prod(-(-n // c) for n, c in zip(shape, chunk[-2:], strict=True))
+    count = which.size
+    tables = {name: np.zeros((count, per), np.int64) for name in ("file", "offset", "length", "skipped")}
+    for k, piece in flat.items():
+        mine = which == k
+        layout = stored_layout(piece.layout) if piece is not None else None
+        if isinstance(layout, Chunks):
+            for name, table in tables.items():
+                table[mine] = getattr(layout, name).reshape(-1, per)[local[mine]]
+        elif isinstance(layout, Runs):
+            ends = np.cumsum(layout.frames)
+            run = np.searchsorted(ends, local[mine], side="right")
+            begin = (ends - layout.frames)[run]
+            tables["file"][mine, 0] = layout.file[run]
+            tables["offset"][mine, 0] = layout.offset[run] + (local[mine] - begin) * layout.stride[run]
+    file, offset, length, skipped = (table.reshape(-1) for table in tables.values())
+    if len(chunk) == 3:
+        return Piece(0, (count,), Chunks(chunk, file, offset, length, skipped.astype(np.uint32)), stored, codec)
+    size, ones = math.prod(shape) * stored.itemsize, np.ones(count, np.int64)
+    return Piece(0, (count,), Runs(file, offset, ones, size * ones, size), stored, codec)
+
+
+def _kind(piece: Piece) -> tuple[np.dtype[Any], tuple[Step, ...], tuple[int, ...]] | None:
+    """What frames must have in common to be one piece; None where frames share chunks."""
+    layout = piece.layout
+    if isinstance(layout, Chunks):
+        return (piece.stored, piece.codec, layout.shape) if layout.shape[0] == 1 else None
+    whole = (1 << 62, 1 << 62)
+    return (piece.stored, piece.codec, whole) if isinstance(layout, Runs) and not piece.codec else None
