@@ -15,7 +15,8 @@ from gpuem.backends import Lost, cpu
 from gpuem.dataset import Dataset
 from gpuem.engine import describe
 from gpuem.errors import DataError
-from gpuem.formats.source import Box, Calls, Chunks, Piece, Runs, stored_layout
+from gpuem.formats.source import Box, Piece, Strided
+from gpuem.formats.stitch import written
 
 SAMPLE_FRAMES = 512
 SAMPLE_NBYTES = 256 * 10**6
@@ -88,9 +89,9 @@ def promised(ds: Dataset, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:
     for piece in ds.source.pieces:
         first, end = max(piece.start - ds.skip, 0), min(piece.start + piece.frames - ds.skip, wanted.size)
         if first < end:
-            written = _written(piece, ds.frame_shape)
+            held = written(piece, ds.frame_shape)
             own = slice(first + ds.skip - piece.start, end + ds.skip - piece.start)
-            there[first:end] = wanted[first:end] if written is None else wanted[first:end] & written[own]
+            there[first:end] = wanted[first:end] if held is None else wanted[first:end] & held[own]
     return there
 
 
@@ -124,15 +125,12 @@ def spread(there: NDArray[np.bool_], count: int) -> NDArray[np.int64]:
 
 def unit(piece: Piece) -> tuple[int, ...]:
     """Shape, over the nav axes of a piece, of the frames that cost hardly more to read than one of them."""
-    layout = stored_layout(piece.layout)
-    if isinstance(layout, Runs):
-        return (1,)
-    if isinstance(layout, Chunks):
-        shape = layout.shape[: len(piece.nav)]
-    else:
+    shape = tiles.together(piece)
+    if isinstance(piece.layout, Strided):
         # in Fortran order neighbours along the first axis share pages
-        shape = layout.chunk if isinstance(layout, Calls) else (NEIGHBOURS, *[1] * (len(piece.nav) - 1))
-    return tuple(min(size, n) for size, n in zip(shape, piece.nav, strict=True))
+        shape = (NEIGHBOURS, *shape[1:])
+    nav = tiles.nav_shape(piece)
+    return tuple(min(size, n) for size, n in zip(shape[-len(nav) :], nav, strict=True))
 
 
 def _together(
@@ -159,18 +157,6 @@ def _evenly(values: NDArray[np.int64], count: int) -> NDArray[np.int64]:
     """At most `count` of the values, at equal distances."""
     count = min(count, values.size)
     return values[(2 * np.arange(count) + 1) * values.size // (2 * max(count, 1))]
-
-
-def _written(piece: Piece, frame: tuple[int, int]) -> NDArray[np.bool_] | None:
-    """Which frames of a piece lie in chunks that were written; None where all do."""
-    layout = stored_layout(piece.layout)
-    if not isinstance(layout, Chunks) or layout.length.all():
-        return None
-    grid = [-(-n // c) for n, c in zip((*piece.nav, *frame), layout.shape, strict=True)]
-    written = (layout.length.reshape(grid) > 0).all(axis=(-2, -1))
-    for axis, n in enumerate(piece.nav):
-        written = np.repeat(written, layout.shape[axis], axis).take(range(n), axis)
-    return np.asarray(written.reshape(-1))
 
 
 def _apart(

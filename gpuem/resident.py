@@ -16,7 +16,7 @@ from gpuem.backends import Weights, cuda, cuda_device, cuda_load, cuda_plan
 from gpuem.backends.cuda_load import Tile
 from gpuem.backends.cuda_session import Session
 from gpuem.errors import DataError, DeviceError, PlanError
-from gpuem.formats.source import Chunks, Piece, Resident, Runs, Source
+from gpuem.formats.source import Chunks, Piece, Resident, Runs, Source, Stitched
 from gpuem.storage.host import Files
 from gpuem.storage.pinned import ALIGNED, Arrived, Extent, Load
 from gpuem.tiles import Plan
@@ -54,7 +54,7 @@ def bring(source: Source, files: Files, *, packed: bool) -> Source:
     plan = Plan(shards, cuts, min(os.cpu_count() or 1, cuda_plan.READERS), {})
     there = [isinstance(piece.layout, Resident) for piece in raw.pieces]
     as_stored = [
-        _stored(piece) if packed and not already and cuda_load.on_device(raw, piece) else None
+        _stored(piece) if packed and not already and _packable(raw, piece) else None
         for piece, already in zip(raw.pieces, there, strict=True)
     ]
     size = sum(
@@ -164,6 +164,11 @@ def _refuse_broken(codes: NDArray[np.int32], reported: Sequence[Tile]) -> None:
                 tuple(tile.indices.tolist()),
             )
         at += tile.chunks
+
+
+def _packable(source: Source, piece: Piece) -> bool:
+    """Whether a piece can stay as it is stored; parts of frames are put together once."""
+    return cuda_load.on_device(source, piece) and not isinstance(piece.layout, Stitched)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuem.errors import PlanError
-from gpuem.formats.source import Calls, Chunks, Piece, Resident, Runs, Source, stored_layout
+from gpuem.formats.source import Calls, Chunks, Part, Piece, Resident, Runs, Source, Stitched, part_of, stored_layout
 from gpuem.storage.host import GAP_NBYTES
 from gpuem.storage.remote import AHEAD_NBYTES
 
@@ -195,8 +195,8 @@ def tile_shape(piece: Piece, frame_nbytes: int, sizes: Sizes | None = None) -> t
         target = RESIDENT_NBYTES if _used_in_place(piece) else sizes.runs_tile
         return (max(1, min(target // frame_nbytes, MOST_FRAMES, piece.frames)),)
     nav = piece.nav
-    if isinstance(layout, Chunks | Calls):
-        tile = list(layout.shape[: len(nav)] if isinstance(layout, Chunks) else layout.chunk)
+    if isinstance(layout, Chunks | Calls | Stitched):
+        tile = list(together(piece))
         grow = range(len(nav) - 1, -1, -1)
     else:
         # Fortran order: the first axis is the fastest, neighbours along it share cache lines
@@ -208,6 +208,37 @@ def tile_shape(piece: Piece, frame_nbytes: int, sizes: Sizes | None = None) -> t
         if tile[axis] < nav[axis]:
             break
     return tuple(tile)
+
+
+def together(piece: Piece) -> tuple[int, ...]:
+    """Shape, over the nav axes of a piece, of frames that can only be had together."""
+    layout = stored_layout(piece.layout)
+    if isinstance(layout, Chunks):
+        return layout.shape[: len(piece.nav)]
+    if isinstance(layout, Calls):
+        return layout.chunk
+    if isinstance(layout, Stitched):
+        shapes = [together(part.piece) for part in layout.parts if not isinstance(part.piece.layout, Runs)]
+        return tuple(max(sizes) for sizes in zip((1,) * len(piece.nav), *shapes, strict=True))
+    return (1,) * len(piece.nav)
+
+
+def part_box(part: Part, box: Sequence[slice]) -> tuple[slice, ...]:
+    """A tile of a stitched piece as a box over the nav axes of one of its parts."""
+    rows = part.first // math.prod(part.piece.nav[1:])
+    return slice(box[0].start + rows, box[0].stop + rows), *box[1:]
+
+
+def part_tile(part: Part, tile: tuple[int, ...]) -> tuple[int, ...]:
+    """A tile of a stitched piece, so large that whole chunks of one of its parts hold it wherever it begins."""
+    if not isinstance(part.piece.layout, Chunks):
+        return tile
+    shift = [part.first // math.prod(part.piece.nav[1:]), *[0] * (len(tile) - 1)]
+    chunk = part.piece.layout.shape
+    return tuple(
+        t if s % c == 0 and (t % c == 0 or (s == 0 and t >= n)) else t + c - 1
+        for t, s, c, n in zip(tile, shift, chunk, part.piece.nav, strict=False)
+    )
 
 
 def grid(piece: Piece, tile: tuple[int, ...]) -> tuple[int, ...]:
@@ -301,6 +332,9 @@ def scratch_nbytes(piece: Piece, tile: tuple[int, ...], source: Source) -> int:
         chunks = math.prod(around) * piece.stored.itemsize
         number = math.prod(around) // math.prod(layout.shape)
         return decoded + 2 * chunks + number * int(layout.length.max(initial=0))
+    if isinstance(layout, Stitched):
+        parts = [(part_of(source, piece, part), part_tile(part, tile)) for part in layout.parts]
+        return decoded + max(scratch_nbytes(inner, cut, own) for (own, inner), cut in parts)
     return 2 * decoded
 
 

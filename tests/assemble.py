@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpuem.codecs.chunks import decode
-from gpuem.formats.source import Calls, Chunks, Piece, Runs, Source, Strided
+from gpuem.formats.source import Calls, Chunks, Piece, Runs, Source, Stitched, Strided
+from gpuem.formats.stitch import written
 
 
 def read_bytes(source: Source, file: int, offset: int, length: int) -> NDArray[np.uint8]:
@@ -35,7 +37,8 @@ def covered(source: Source) -> NDArray[np.bool_]:
     held = np.zeros(source.frames, bool)
     for piece in source.pieces:
         assert not held[piece.start : piece.start + piece.frames].any(), "two pieces hold one frame"
-        held[piece.start : piece.start + piece.frames] = True
+        there = written(piece, source.frame_shape) if isinstance(piece.layout, Stitched) else None
+        held[piece.start : piece.start + piece.frames] = True if there is None else there
     return held
 
 
@@ -49,6 +52,8 @@ def _piece(source: Source, piece: Piece, missing: float) -> NDArray[Any]:
     elif isinstance(layout, Strided):
         raw = read_bytes(source, layout.file, 0, source.files[layout.file].size)
         array = np.ndarray(shape, piece.stored, raw, layout.offset, layout.strides)
+    elif isinstance(layout, Stitched):
+        array = _stitched(source, piece, layout, missing)
     else:
         assert isinstance(layout, Calls)
         array = layout.read(tuple(slice(0, n) for n in shape))
@@ -56,6 +61,18 @@ def _piece(source: Source, piece: Piece, missing: float) -> NDArray[Any]:
         box = tuple(slice(n // 3, max(n // 3 + 1, n - 1)) for n in shape)
         np.testing.assert_array_equal(layout.read(box), array[box])
     return array.reshape(piece.frames, *source.frame_shape).astype(source.dtype)
+
+
+def _stitched(source: Source, piece: Piece, layout: Stitched, missing: float) -> NDArray[Any]:
+    array = np.full((piece.frames, *source.frame_shape), layout.fill, piece.stored)
+    for part in layout.parts:
+        own = _piece(replace(source, frame_shape=part.shape, dtype=piece.stored), part.piece, missing)
+        (y, x), (top, left), (rows, columns) = part.at, part.inside, part.size
+        box = own[part.first : part.first + piece.frames, top : top + rows, left : left + columns]
+        array[:, y : y + rows, x : x + columns] = box
+    if layout.missing is not None:
+        array[layout.missing] = missing
+    return array
 
 
 def _runs(source: Source, piece: Piece, layout: Runs) -> NDArray[Any]:

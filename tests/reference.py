@@ -104,6 +104,16 @@ def place_chunks(chunks, shape, chunk):
     return out
 
 
+def place_part(frames, inside, size, out, at):
+    """Whole frames `out` with a box of `size` at `at` from the frames of a part, where it begins `inside`; a copy."""
+    out = out.copy()
+    for whole, frame in zip(out, frames, strict=True):
+        for y in range(size[0]):
+            for x in range(size[1]):
+                whole[at[0] + y, at[1] + x] = frame[inside[0] + y, inside[1] + x]
+    return out
+
+
 def lz4_block(data):
     """One LZ4 block, byte by byte, as its format is described."""
     out, at = bytearray(), 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import pickle
@@ -15,6 +16,7 @@ import pytest
 from assemble import assemble, covered
 from samples import assert_reads_as, entries, find_samples, sample_data
 
+import gpuem
 from gpuem.errors import DataError, GpuemError, InputError, RecipeError, TruncatedError
 from gpuem.formats import hdf5
 from gpuem.formats.source import Calls, Chunks, Runs, Step
@@ -322,7 +324,7 @@ def test_external_raw_files(tmp_path):
         file.create_dataset("data", SHAPE, "<u2", external=parts)
     source = read(tmp_path / "a.h5")
     assert [piece.frames for piece in source.pieces] == [10, 5]
-    assert {file.path.name for file in source.files} == {"one.raw", "two.raw"}
+    assert [file.path.name for file in source.files] == ["a.h5", "one.raw", "two.raw"]
     np.testing.assert_array_equal(assemble(source), data)
     # a file that ends too early, then none
     (tmp_path / "two.raw").write_bytes(b"header!" + data[2].tobytes()[:-1])
@@ -339,17 +341,37 @@ def test_external_raw_files(tmp_path):
     assert "5 frames" in source.notes[0]
 
 
-def test_external_raw_files_that_cut_a_frame_go_through_h5py(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize(
+    "cuts", [[1001], [2, 4, 288], [26, 290, 300], [1000, 1002, 1004, 2288], [286 * 3, 286 * 5 + 26 * 4]]
+)
+def test_external_raw_files_that_cut_a_frame(tmp_path, cuts):
+    """Frames go on in the next file; only one whose pixel does is put together by a function."""
     data = counts()
     raw = data.tobytes()
-    (tmp_path / "one.raw").write_bytes(raw[:1001])
-    (tmp_path / "two.raw").write_bytes(raw[1001:])
+    edges = [0, *cuts, len(raw)]
+    parts = []
+    for k, (first, stop) in enumerate(itertools.pairwise(edges)):
+        (tmp_path / f"{k}.raw").write_bytes(b"?" * k + raw[first:stop])
+        parts.append((f"{k}.raw", k, stop - first if stop < len(raw) else h5py.h5f.UNLIMITED))
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        file.create_dataset("data", SHAPE, "<u2", external=[("one.raw", 0, 1001), ("two.raw", 0, h5py.h5f.UNLIMITED)])
+        file.create_dataset("data", SHAPE, "<u2", external=parts)
     source = read(tmp_path / "a.h5")
-    assert isinstance(source.pieces[0].layout, Calls)
+    assert len(source.files) == len(parts) + 1
+    assert any(isinstance(piece.layout, Calls) for piece in source.pieces) == any(cut % 2 for cut in cuts)
     np.testing.assert_array_equal(assemble(source), data)
+    np.testing.assert_array_equal(gpuem.open(tmp_path / "a.h5")[...], data)
+    # without one of the files, the frames that it holds a part of can't be had
+    frame = data[0, 0].nbytes
+    (tmp_path / "1.raw").unlink()
+    with pytest.raises(InputError, match=r"1\.raw, which is missing"):
+        read(tmp_path / "a.h5")
+    expected = np.ones(15, bool)
+    expected[edges[1] // frame : -(-edges[2] // frame)] = False
+    source = read(tmp_path / "a.h5", fit=True)
+    np.testing.assert_array_equal(covered(source), expected)
+    np.testing.assert_array_equal(
+        assemble(source).reshape(15, *SHAPE[2:])[expected], data.reshape(15, *SHAPE[2:])[expected]
+    )
 
 
 def virtual(tmp_path, data, rows=None):
@@ -381,7 +403,7 @@ def test_virtual_datasets_are_pieces_of_their_sources(tmp_path):
     ]
     assert [piece.codec for piece in source.pieces][1:] == [(Step("bitshuffle", (2, 0, 2)),), (Step("deflate"),)]
     assert source.scan_shape == (3, 5)
-    assert {file.path.name for file in source.files} == {"part0.h5", "part1.h5", "part2.h5"}
+    assert [file.path.name for file in source.files] == ["all.h5", "part0.h5", "part1.h5", "part2.h5"]
     np.testing.assert_array_equal(assemble(source), data)
 
 
@@ -398,7 +420,7 @@ def test_virtual_dataset_with_a_missing_source(tmp_path):
 
 
 def test_other_virtual_datasets(tmp_path):
-    """Ranges of one contiguous dataset are pieces; crops, steps and cut chunks go through h5py."""
+    """Ranges are pieces, crops, steps and cut chunks parts of frames; what turns axes round goes through h5py."""
     data = counts(shape=(15, 11, 13))
     write(tmp_path / "plain.h5", data)
     write(tmp_path / "cut.h5", data, chunks=(4, 11, 13))
@@ -409,10 +431,10 @@ def test_other_virtual_datasets(tmp_path):
         "aligned": ((8, 11, 13), [(np.s_[0:4], cut[8:12]), (np.s_[4:8], cut[4:8])], 2),
         "end": ((3, 11, 13), [(np.s_[0:3], cut[12:15])], 1),
         "partly": ((6, 11, 13), [(np.s_[4:6], plain[3:5])], 1),
-        "crop": ((15, 5, 13), [(np.s_[:], plain[:, 2:7])], 0),
-        "step": ((5, 11, 13), [(np.s_[:], plain[::3])], 0),
+        "crop": ((15, 5, 13), [(np.s_[:], plain[:, 2:7])], 1),
+        "step": ((5, 11, 13), [(np.s_[:], plain[::3])], 5),
         "turned": ((11, 15, 13), [(np.s_[:, k], plain[k]) for k in range(15)], 0),
-        "cut": ((4, 11, 13), [(np.s_[:], cut[3:7])], 0),
+        "cut": ((4, 11, 13), [(np.s_[:], cut[3:7])], 1),
     }
     for name, (shape, maps, pieces) in cases.items():
         layout = h5py.VirtualLayout(shape, "<u2")

@@ -12,7 +12,9 @@ import pytest
 import reference
 from machine import ORDERS, Machine
 
+from gpuem.backends import Frames, cuda_stitch, stitch
 from gpuem.backends import cuda_kernels as kernels
+from gpuem.formats.source import Part
 
 SMALL = ["u1", "i1", "u2", "i2"]
 ALL = [*SMALL, "u4", "i4", "u8", "i8", "f4", "f8"]
@@ -226,6 +228,36 @@ def test_place_chunks(machine, extent, chunk, begin, dtype):
     geometry = np.array([extent, chunk, counts, begin], np.int64)
     kernels.place_chunks(machine.put(chunks), machine.put(geometry), out)
     np.testing.assert_array_equal(machine.get(out), tile.reshape(machine.get(out).shape))
+
+
+@pytest.mark.parametrize(
+    ("frame", "inside", "size", "at"),
+    [((4, 5), (0, 0), (4, 5), (3, 4)), ((9, 11), (2, 3), (4, 7), (5, 0)), ((40, 50), (1, 2), (39, 40), (0, 1))],
+)
+@pytest.mark.parametrize("dtype", ["u1", "u2", "f4", "f8"])
+def test_place_part(machine, frame, inside, size, at, dtype):
+    frames = reference.planted((3, *frame), dtype, 14)
+    before = reference.planted((3, at[0] + size[0] + 1, at[1] + size[1] + 2), dtype, 15)
+    expected = reference.place_part(frames, inside, size, before, at)
+    out = machine.put(before.reshape(3, -1).copy())
+    cuda_stitch.place_part(on_device(machine, frames, gap=3), (*inside, *size), out, at, before.shape[1:])
+    np.testing.assert_array_equal(machine.get(out).reshape(before.shape), expected)
+    # the twin on the processor, with frames that lie evenly and others
+    part = Part(None, frame, 0, inside, size, at)
+    for gap in (0, 3):
+        found = before.copy()
+        stitch.place_part(Frames(*place(frames, gap=gap), frame), np.arange(3), part, found)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_place_part_repeats_a_row_of_fill_values(machine):
+    before = reference.planted((2, 6, 7), "u2", 16)
+    out, row = machine.put(before.reshape(2, -1).copy()), machine.put(np.full(7, 9, "u2"))
+    same = kernels.DeviceFrames(row, machine.put(np.zeros(2, np.int64)), 2, (6, 0), 2)
+    cuda_stitch.place_part(same, (0, 0, 3, 4), out, (2, 1), (6, 7))
+    expected = before.copy()
+    expected[:, 2:5, 1:5] = 9
+    np.testing.assert_array_equal(machine.get(out).reshape(before.shape), expected)
 
 
 @pytest.mark.parametrize("dtype", ["u1", "i2", "u2", "i4", "u8", "i8", "f4", "f8"])

@@ -21,7 +21,7 @@ from emulation import needs_compiler as needs_gcc
 from typer.testing import CliRunner
 
 import gpuem
-from gpuem.backends import cuda_compile, cuda_correlate, cuda_kernels, cuda_lattice, cuda_report
+from gpuem.backends import cuda_compile, cuda_correlate, cuda_kernels, cuda_lattice, cuda_report, cuda_stitch
 from gpuem.backends.lattice_fit import LatticeFit
 from gpuem.backends.peaks import GuidedFit, PeakSearch
 from gpuem.correction import corrected_type
@@ -156,6 +156,7 @@ def ask_for_everything(dtype, shape, aligned):
     bits = np.dtype(f"u{dtype.itemsize}")
     cuda_kernels.convert(nothing, nothing, bits, (None, None), pixels.view(bits))
     cuda_kernels.place_chunks(nothing, np.zeros((4, 3), np.int64), pixels)
+    cuda_stitch.place_part(frames, (0, 0, 1, 1), pixels, (0, 0), (1, 5))
     cuda_kernels.bitshuffle_lz4(nothing, nothing, nothing, pixels, codes)
     cuda_kernels.lz4(nothing, nothing, nothing, pixels, codes)
     cuda_kernels.unshuffle(nothing, pixels)

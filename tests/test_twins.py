@@ -10,7 +10,7 @@ import pytest
 import reference
 from merlin_writer import raw_frame
 
-from gpuem.backends import cpu, cuda, cuda_compile, cuda_correlate, cuda_kernels, cuda_lattice
+from gpuem.backends import cpu, cuda, cuda_compile, cuda_correlate, cuda_kernels, cuda_lattice, cuda_stitch
 from gpuem.codecs import bitshuffle, chunks
 from gpuem.formats.source import Step
 
@@ -19,7 +19,7 @@ def test_every_kernel_has_its_twins():
     assert sorted(cuda.KERNELS) == cuda_compile.names() == sorted(cpu.TWINS)
     for name in cuda.KERNELS:
         assert "__global__ void" in cuda_compile.source(name)
-        modules = (cuda_kernels, cuda_correlate, cuda_lattice)
+        modules = (cuda_kernels, cuda_correlate, cuda_lattice, cuda_stitch)
         assert any(callable(getattr(module, name, None)) for module in modules), name
         assert callable(getattr(reference, name)), f"tests/reference.py has no {name}"
         module, _, function = cpu.TWINS[name].partition(":")

@@ -54,6 +54,12 @@ class ChunkGrid:
         """The part of the tile that chunk `k` fills."""
         return _place(self.corners[:, k], self.shape, self.extent, self.whole)
 
+    def inside(self, k: int) -> tuple[slice, ...]:
+        """The part of chunk `k` that lies in the tile."""
+        axes = zip(self.corners[:, k].tolist(), self.shape, self.whole, self.place(k), strict=True)
+        begins = [(max(w.start - n * c, 0), s.stop - s.start) for n, c, w, s in axes]
+        return tuple(slice(begin, begin + size) for begin, size in begins)
+
     def frames(self, k: int) -> NDArray[np.int64]:
         """Flat indices of the wanted frames that chunk `k` holds a part of."""
         where = self.place(k)[: len(self.box)]

@@ -36,6 +36,7 @@ TWINS = {
     "merlin": "codecs.merlin:decode",
     "patch_dead": "backends.cpu_correct:correct",
     "place_chunks": "backends.chunk_grid:ChunkGrid",
+    "place_part": "backends.stitch:place_part",
     "unshuffle": "codecs.planes:unshuffle_bytes",
 }
 # the second-level cache of current processors holds 1 to 2 MiB per core

@@ -20,8 +20,20 @@ from gpuem import codecs, tiles
 from gpuem.backends import Block, Frames, Lost
 from gpuem.backends.chunk_grid import chunk_grid
 from gpuem.backends.cpu_correct import correct
+from gpuem.backends.stitch import place_part, without
 from gpuem.errors import DataError, ReadError
-from gpuem.formats.source import Box, Chunks, Correction, Piece, Resident, Runs, Source, Strided
+from gpuem.formats.source import (
+    Box,
+    Chunks,
+    Correction,
+    Piece,
+    Resident,
+    Runs,
+    Source,
+    Stitched,
+    Strided,
+    part_of,
+)
 from gpuem.storage.host import GAP_NBYTES, Files
 
 ALIGNED = 64
@@ -76,6 +88,9 @@ def _load_raw(source: Source, files: Files, piece: Piece, box: Box, keep: NDArra
         return
     if isinstance(piece.layout, Runs):
         yield from _load_runs(source, files, piece, piece.layout, indices[keep])
+        return
+    if isinstance(piece.layout, Stitched):
+        yield from _load_stitched(source, files, piece, piece.layout, box, keep)
         return
     if isinstance(piece.layout, Chunks):
         pixels, lost = _load_chunks(source, files, piece, piece.layout, box, keep)
@@ -248,6 +263,37 @@ def _frames_at(source: Source, piece: Piece, raw: NDArray[np.uint8], at: NDArray
     return Frames(pixels.reshape(-1), np.arange(at.size, dtype=np.int64) * size, source.frame_shape)
 
 
+def _load_stitched(
+    source: Source, files: Files, piece: Piece, layout: Stitched, box: Box, keep: NDArray[np.bool_]
+) -> Iterator[Block | Lost]:
+    """Frames put together from their parts; one that lacks a part is lost."""
+    indices, left = tiles.frames_of(piece, box), keep.copy()
+    gone = without(piece, layout, indices[keep])
+    if gone is not None:
+        yield gone
+        left = left & ~np.isin(indices, gone.indices)
+    pixels = _scratch("stitched", (indices.size, *source.frame_shape), source.raw_dtype)
+    for y, x, rows, columns in layout.gaps:
+        pixels[:, y : y + rows, x : x + columns] = layout.fill
+    for part in layout.parts:
+        if not left.any():
+            return
+        own, inner = part_of(source, piece, part)
+        if isinstance(inner.layout, Runs):
+            found = _load_runs(own, files, inner, inner.layout, indices[left])
+        else:
+            found = _load_raw(own, files, inner, tiles.part_box(part, box), left)
+        for item in found:
+            if isinstance(item, Lost):
+                yield item
+                left = left & ~np.isin(indices, item.indices)
+            else:
+                place_part(item.frames, np.searchsorted(indices, item.indices), part, pixels)
+    if left.any():
+        size = math.prod(source.frame_shape)
+        yield Block(Frames(pixels.reshape(-1), np.flatnonzero(left) * size, source.frame_shape), indices[left])
+
+
 def _load_chunks(
     source: Source, files: Files, piece: Piece, chunks: Chunks, box: Box, keep: NDArray[np.bool_]
 ) -> tuple[NDArray[Any], list[Lost]]:
@@ -265,7 +311,7 @@ def _load_chunks(
     pixels = _scratch("pixels", (*grid.wanted.shape, *source.frame_shape), source.raw_dtype)
     for k in np.flatnonzero(grid.needed & grid.written).tolist():
         where = grid.place(k)
-        pixels[where] = decoded[k][tuple(slice(0, s.stop - s.start) for s in where)]
+        pixels[where] = decoded[k][grid.inside(k)]
     return pixels, lost
 
 
@@ -336,7 +382,7 @@ def _load_array(source: Source, files: Files, piece: Piece, box: Box) -> NDArray
         shape = (*piece.nav, *source.frame_shape)
         array = np.ndarray(shape, piece.stored, files.view(layout.file), layout.offset, layout.strides)[whole]
         return np.ascontiguousarray(array, source.raw_dtype)
-    assert not isinstance(layout, Runs | Chunks | Resident)
+    assert not isinstance(layout, Runs | Chunks | Stitched | Resident)
     if layout.concurrent:
         return np.ascontiguousarray(layout.read(whole), source.raw_dtype)
     with files.one_at_a_time:

@@ -39,7 +39,7 @@ KERNELS = (
         "lattice_fit",
         "lz4",
     ),
-    *("magnitudes", "mask_sums", "merlin", "patch_dead", "place_chunks", "unshuffle"),
+    *("magnitudes", "mask_sums", "merlin", "patch_dead", "place_chunks", "place_part", "unshuffle"),
 )
 Array = Any
 

@@ -15,7 +15,7 @@ from gpuem.backends import Lost, cpu_load
 from gpuem.backends import cuda_kernels as kernels
 from gpuem.backends.chunk_grid import chunk_grid
 from gpuem.backends.cuda_kernels import DeviceFrames
-from gpuem.formats.source import Box, Chunks, Piece, Resident, Runs, Source, stored_layout
+from gpuem.formats.source import Box, Chunks, Piece, Resident, Runs, Source, Stitched, part_of, stored_layout
 from gpuem.storage.host import Files
 from gpuem.storage.pinned import ALIGNED, Arrived, Extent, Load
 
@@ -68,6 +68,8 @@ def on_device(source: Source, piece: Piece) -> bool:
     layout = stored_layout(piece.layout)
     if piece.stored.newbyteorder("=") not in kernels.PIXELS:
         return False
+    if isinstance(layout, Stitched):
+        return all(on_device(*part_of(source, piece, part)) for part in layout.parts)
     if isinstance(layout, Runs):
         return not piece.codec or piece.codec[0].name == "merlin"
     return isinstance(layout, Chunks) and _chunk_codec(piece) != ""
@@ -105,11 +107,15 @@ def describe(
     indices = tiles.frames_of(piece, box)
     layout = stored_layout(piece.layout)
     if not on_device(source, piece):
-        return _by_host(source, files, piece, box, keep, copy)
+        return by_host(source, files, piece, box, keep, copy)
+    if isinstance(layout, Stitched):
+        from gpuem.backends import cuda_stitch
+
+        return cuda_stitch.describe(source, files, piece, box, keep, copy)
     if isinstance(layout, Runs):
-        return _of_runs(source, piece, layout, indices[keep], copy)
+        return of_runs(source, piece, layout, indices[keep], copy)
     assert isinstance(layout, Chunks)
-    return _of_chunks(source, files, piece, layout, (box, keep), copy)
+    return of_chunks(source, files, piece, layout, (box, keep), copy)
 
 
 def gather(
@@ -130,7 +136,8 @@ def gather(
     return tuple(Extent(*extent) for extent in extents), slots[group] + at - low[group], int(slots[-1])
 
 
-def _of_runs(source: Source, piece: Piece, runs: Runs, indices: NDArray[np.int64], copy: bool) -> Tile:
+def of_runs(source: Source, piece: Piece, runs: Runs, indices: NDArray[np.int64], copy: bool) -> Tile:
+    """Frames that follow one another, as `describe` returns them."""
     ends = np.cumsum(runs.frames)
     local = indices - piece.start
     run = np.searchsorted(ends, local, side="right")
@@ -152,7 +159,7 @@ def _of_runs(source: Source, piece: Piece, runs: Runs, indices: NDArray[np.int64
             kernels.merlin(
                 _bytes(piece, arrived), arrived.tables[0], pixels, bits, (chips_y, chips_x), source.frame_shape
             )
-            return _finish_even(source, work, pixels, copy)
+            return finish_even(source, work, pixels, copy)
 
         return Tile(Load(extents, nbytes, (positions,)), indices, unpack)
     finish, table = _finish(source, piece.stored, positions, copy, _base(piece))
@@ -209,7 +216,7 @@ def _finish(
     return convert, positions
 
 
-def _finish_even(source: Source, work: Workspace, pixels: Array, copy: bool) -> DeviceFrames:
+def finish_even(source: Source, work: Workspace, pixels: Array, copy: bool) -> DeviceFrames:
     """The last step for native frames (n, pixels) that follow one another, all of them wanted."""
     (count, size), stored = pixels.shape, source.raw_dtype
     finish, _ = _finish(source, stored, np.arange(count, dtype=np.int64) * size * stored.itemsize, copy)
@@ -217,14 +224,15 @@ def _finish_even(source: Source, work: Workspace, pixels: Array, copy: bool) -> 
     return finish(pixels.reshape(-1).view(np.dtype(np.uint8)), work.even(step)[:count], work)
 
 
-def _of_chunks(
+def of_chunks(
     source: Source, files: Files, piece: Piece, chunks: Chunks, which: tuple[Box, NDArray[np.bool_]], copy: bool
 ) -> Tile:
+    """Frames in chunks, as `describe` returns them."""
     box, keep = which
     grid = chunk_grid(source, piece, chunks, box, keep)
     index, wanted = grid.index, grid.needed & grid.written
     if odd_chunks(piece, chunks, index[wanted]):
-        return _by_host(source, files, piece, box, keep, copy)
+        return by_host(source, files, piece, box, keep, copy)
     lost = [Lost(frames, "chunk was never written", broken=False) for frames in grid.unwritten()]
     left = keep.copy()
     for item in lost:
@@ -232,7 +240,7 @@ def _of_chunks(
     indices = tiles.frames_of(piece, box)[left]
     rows = np.flatnonzero(wanted)
     if rows.size == 0:
-        return Tile(Load(), indices, _nothing, lost)
+        return Tile(Load(), indices, nothing, lost)
     length = chunks.length[index[rows]]
     extents: tuple[Extent, ...] = ()
     positions, nbytes = chunks.offset[index[rows]], 0
@@ -273,7 +281,8 @@ def reporting(piece: Piece) -> bool:
     return isinstance(stored_layout(piece.layout), Chunks) and _chunk_codec(piece) in ("bitshuffle_lz4", "lz4")
 
 
-def _nothing(arrived: Arrived, work: Workspace, codes: Array) -> DeviceFrames:
+def nothing(arrived: Arrived, work: Workspace, codes: Array) -> DeviceFrames:
+    """Stand for the decoding of a tile in which no frame is left."""
     raise AssertionError("a tile without frames is not decoded")
 
 
@@ -297,7 +306,7 @@ def _decode_chunks(
     return out
 
 
-def _by_host(source: Source, files: Files, piece: Piece, box: Box, keep: NDArray[np.bool_], copy: bool) -> Tile:
+def by_host(source: Source, files: Files, piece: Piece, box: Box, keep: NDArray[np.bool_], copy: bool) -> Tile:
     """Decode on the processor, in a reader thread; frames cross the bus in their native type."""
     raw = source if source.correction is None else replace(source, dtype=source.raw_dtype, correction=None)
     size = math.prod(source.frame_shape)
@@ -319,7 +328,7 @@ def _by_host(source: Source, files: Files, piece: Piece, box: Box, keep: NDArray
 
     def decode(arrived: Arrived, work: Workspace, codes: Array) -> DeviceFrames:
         pixels = arrived.data.view(source.raw_dtype).reshape(-1, size)[: tile.indices.size]
-        return _finish_even(source, work, pixels, copy)
+        return finish_even(source, work, pixels, copy)
 
     tile = Tile(Load(nbytes=nbytes, fill=fill), np.empty(0, np.int64), decode)
     return tile
@@ -328,39 +337,52 @@ def _by_host(source: Source, files: Files, piece: Piece, box: Box, keep: NDArray
 def needs(source: Source, cuts: Sequence[tuple[int, ...]]) -> dict[str, int]:
     """Bytes of the device by purpose: what one slot must hold, and the scratch of every step of decoding."""
     found: dict[str, int] = {}
+    for piece, tile in zip(source.pieces, cuts, strict=True):
+        for purpose, nbytes in needs_of(source, piece, tile).items():
+            found[purpose] = max(found.get(purpose, 0), nbytes)
+    return found
+
+
+def needs_of(source: Source, piece: Piece, tile: tuple[int, ...]) -> dict[str, int]:
+    """What `needs` counts, for tiles of one piece."""
+    found: dict[str, int] = {}
 
     def want(purpose: str, nbytes: int) -> None:
         found[purpose] = max(found.get(purpose, 0), nbytes)
 
-    for piece, tile in zip(source.pieces, cuts, strict=True):
-        layout, frames = stored_layout(piece.layout), math.prod(tile)
-        resident = isinstance(piece.layout, Resident)
-        want("tables", frames * 8)
-        # what the last step finds: the file's own pixels, or native ones
-        stored = source.raw_dtype
-        if not on_device(source, piece):
-            want("slot", frames * source.frame_nbytes)
-        elif isinstance(layout, Runs):
-            stride = np.clip(layout.stride, layout.frame_bytes, 2 * layout.frame_bytes).max(initial=0)
-            want("slot", 0 if resident else frames * (int(stride) + ALIGNED))
-            if piece.codec:
-                want("unpacked", frames * source.frame_nbytes)
-            else:
-                stored = piece.stored
-                places = layout.stride | layout.offset | _base(piece) if resident else layout.stride
-                if (places % stored.itemsize).any():
-                    want("pixels", frames * source.corrected_nbytes)
-        elif isinstance(layout, Chunks):
+    layout, frames = stored_layout(piece.layout), math.prod(tile)
+    resident = isinstance(piece.layout, Resident)
+    want("tables", frames * 8)
+    # what the last step finds: the file's own pixels, or native ones
+    stored = source.raw_dtype
+    if not on_device(source, piece):
+        want("slot", frames * source.frame_nbytes)
+    elif isinstance(layout, Stitched):
+        from gpuem.backends import cuda_stitch
+
+        for purpose, nbytes in cuda_stitch.needs(source, piece, tile).items():
+            want(purpose, nbytes)
+    elif isinstance(layout, Runs):
+        stride = np.clip(layout.stride, layout.frame_bytes, 2 * layout.frame_bytes).max(initial=0)
+        want("slot", 0 if resident else frames * (int(stride) + ALIGNED))
+        if piece.codec:
+            want("unpacked", frames * source.frame_nbytes)
+        else:
             stored = piece.stored
-            around = [-(-t // c) * c for t, c in zip((*tile, *source.frame_shape), layout.shape, strict=True)]
-            number = math.prod(around) // math.prod(layout.shape)
-            want("tables", frames * 8 + number * 16 + 1024)
-            # two reads that are close are one, with what lies between
-            want("slot", 0 if resident else number * (2 * int(layout.length.max(initial=0)) + ALIGNED))
-            want("slot", frames * source.frame_nbytes if odd_chunks(piece, layout, slice(None)) else 0)
-            want("decoded", math.prod(around) * piece.stored.itemsize)
-            want("shuffled", math.prod(around) * piece.stored.itemsize if _shuffled(piece) else 0)
-            want("placed", frames * math.prod(source.frame_shape) * piece.stored.itemsize)
-        if not is_direct(source, stored):
-            want("pixels", frames * source.corrected_nbytes)
+            places = layout.stride | layout.offset | _base(piece) if resident else layout.stride
+            if (places % stored.itemsize).any():
+                want("pixels", frames * source.corrected_nbytes)
+    elif isinstance(layout, Chunks):
+        stored = piece.stored
+        around = [-(-t // c) * c for t, c in zip((*tile, *source.frame_shape), layout.shape, strict=True)]
+        number = math.prod(around) // math.prod(layout.shape)
+        want("tables", frames * 8 + number * 16 + 1024)
+        # two reads that are close are one, with what lies between
+        want("slot", 0 if resident else number * (2 * int(layout.length.max(initial=0)) + ALIGNED))
+        want("slot", frames * source.frame_nbytes if odd_chunks(piece, layout, slice(None)) else 0)
+        want("decoded", math.prod(around) * piece.stored.itemsize)
+        want("shuffled", math.prod(around) * piece.stored.itemsize if _shuffled(piece) else 0)
+        want("placed", frames * math.prod(source.frame_shape) * piece.stored.itemsize)
+    if not is_direct(source, stored):
+        want("pixels", frames * source.corrected_nbytes)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuem import tiles
-from gpuem.backends import cuda_device, cuda_fits, cuda_load
+from gpuem.backends import cuda_device, cuda_fits, cuda_load, cuda_stitch
 from gpuem.errors import DeviceError, PlanError
-from gpuem.formats.source import Chunks, Resident, Runs, Source, stored_layout
+from gpuem.formats.source import Chunks, Resident, Runs, Source, Stitched, stored_layout
 from gpuem.storage import gds
 from gpuem.storage.pinned import slot_nbytes
 from gpuem.tiles import Limits, Plan, Shard, Sizes
@@ -107,6 +108,8 @@ def chunks_of_shard(source: Source, shards: tuple[Shard, ...], cuts: tuple[tuple
     for shard in shards:
         piece, tile = source.pieces[shard.piece], cuts[shard.piece]
         layout = stored_layout(piece.layout)
+        if isinstance(layout, Stitched) and cuda_load.on_device(source, piece):
+            most = max(most, (shard.last - shard.first) * cuda_stitch.chunks_of_tile(piece, tile))
         if isinstance(layout, Chunks) and cuda_load.reporting(piece) and cuda_load.on_device(source, piece):
             per_tile = math.prod(-(-t // c) for t, c in zip((*tile, *source.frame_shape), layout.shape, strict=True))
             most = max(most, (shard.last - shard.first) * per_tile)
@@ -160,10 +163,10 @@ def way(source: Source, asked: str) -> tuple[str, str]:
 def _extents(source: Source) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Byte offset and length of the blocks that are read at once and decoded on the device."""
     offsets, lengths = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for piece in source.pieces:
+    whole = [piece for piece in source.pieces if cuda_load.on_device(source, piece)]
+    parts = [[p.piece for p in w.layout.parts] if isinstance(w.layout, Stitched) else [w] for w in whole]
+    for piece in itertools.chain.from_iterable(parts):
         layout = piece.layout
-        if not cuda_load.on_device(source, piece) or isinstance(layout, Resident):
-            continue
         if isinstance(layout, Runs):
             offsets.append(layout.offset)
             lengths.append(np.minimum(layout.frames * layout.stride, SIZES.runs_tile))

@@ -135,6 +135,7 @@ def _converting(dtype: np.dtype[np.generic]) -> Iterator[Instance]:
             yield _instance("convert", of, out, swapped)
     yield _instance("unshuffle", item)
     yield _instance("place_chunks", bits)
+    yield _instance("place_part", bits)
     yield _instance("bitshuffle_lz4", bits)
     for depth in {"u8": (1, 6), "u16": (12,), "u32": (24,)}.get(of, ()):
         yield _instance("merlin", depth)

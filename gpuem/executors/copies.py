@@ -13,7 +13,19 @@ import numpy as np
 from gpuem import tiles
 from gpuem.engine import Job
 from gpuem.errors import GpuemError, InputError
-from gpuem.formats.source import Calls, Chunks, Copy, File, Resident, Runs, Source, Strided, stored_layout
+from gpuem.formats.source import (
+    Calls,
+    Chunks,
+    Copy,
+    File,
+    Resident,
+    Runs,
+    Source,
+    Stitched,
+    Strided,
+    layouts,
+    stored_layout,
+)
 from gpuem.identity import of_ends
 from gpuem.storage.host import Files
 
@@ -82,7 +94,7 @@ def _matches(copy: Copy, host: str) -> bool:
 def _covered(copy: Copy, source: Source) -> list[int]:
     """Numbers of the files that a copy has."""
     # what answers for itself has the paths of its own
-    if any(isinstance(piece.layout, Calls | Resident) for piece in source.pieces):
+    if any(isinstance(layout, Calls | Resident) for piece in source.pieces for layout in layouts(piece)):
         return []
     return [
         k for k, file in enumerate(source.files) if any(fnmatchcase(file.path.name, pattern) for pattern in copy.files)
@@ -117,6 +129,10 @@ def _files_of(source: Source, shard: tiles.Shard, cut: tuple[int, ...]) -> set[i
     layout = stored_layout(piece.layout)
     if isinstance(layout, Strided):
         return {layout.file}
+    if isinstance(layout, Stitched):
+        # more than the shard reads, perhaps: that costs nothing but a chance
+        tables = [inner for inner in layouts(piece) if isinstance(inner, Runs | Chunks)]
+        return {int(k) for inner in tables for k in np.unique(inner.file)}
     if isinstance(layout, Runs):
         stops = np.cumsum(layout.frames)
         first, last = shard.first * cut[0], min(shard.last * cut[0], piece.frames)

@@ -19,6 +19,7 @@ from gpuem.axes import Axis, canonical_unit, detector_axes, scan_axes
 from gpuem.errors import GpuemError, InputError, RecipeError, TruncatedError
 from gpuem.formats.hdf5_file import Files, located, opened, pixel_type, type_name, walk
 from gpuem.formats.hdf5_layout import beside, describe
+from gpuem.formats.hdf5_selection import promised_shape
 from gpuem.formats.raw import native_type
 from gpuem.formats.remote import Place, Url
 from gpuem.formats.source import Piece, Source
@@ -83,17 +84,19 @@ def _source(files: Files, pieces: list[Piece], shape: tuple[int, ...], stored: n
 
 def _read_one(file: Any, dset: Any, files: Files, *, fit: bool) -> Source:
     """A single dataset."""
-    if math.prod(dset.shape) == 0:
-        raise InputError(f"{file.filename}: {dset.name} has shape {dset.shape} and holds no pixels")
+    shape = promised_shape(dset)
+    if math.prod(shape) == 0:
+        raise InputError(f"{file.filename}: {dset.name} has shape {shape} and holds no pixels")
     if "Data/Image" in file and "Version" in file and dset.name.startswith("/Data/Image/"):
         raise InputError(
             f"{file.filename}: a Velox file; it stores frames along the last axis, which gpuem doesn't read"
         )
     stored, _ = pixel_type(dset)
+    files.index(located(file))
     pieces = describe(dset, files, fit=fit)
     scan, detector = _axes(dset)
     metadata = {"dataset": dset.name, **_attributes(dset)}
-    return _source(files, pieces, dset.shape, stored, scan=scan, detector=detector, metadata=metadata)
+    return _source(files, pieces, shape, stored, scan=scan, detector=detector, metadata=metadata)
 
 
 def _choose(file: Any, dataset: str | None) -> Any:
@@ -111,7 +114,9 @@ def _choose(file: Any, dataset: str | None) -> Any:
         near = difflib.get_close_matches(f"/{dataset.strip('/')}", names, 3, 0.3) or names[:8]
         listed = ", ".join(f"{n} {found[n].shape}" for n in near) or "none"
         raise RecipeError(f"{file.filename}: no dataset {dataset!r}; nearest: {listed}")
-    fits = {name: d for name, d in within.items() if d.shape and d.ndim > 2 and math.prod(d.shape) and _numbers(d)}
+    fits = {
+        name: d for name, d in within.items() if d.shape and d.ndim > 2 and math.prod(promised_shape(d)) and _numbers(d)
+    }
     if not fits:
         raise InputError(_nothing(file, within, broken))
     deepest = {name: d for name, d in fits.items() if d.ndim > 3} or fits
@@ -189,7 +194,8 @@ def _read_series(file: Any, series: list[tuple[str, Any, Any]], files: Files, *,
             raise InputError(f"{path}: {name} has shape {dset.shape} {dset.dtype}{like}")
         first = first or dset
         pieces += [replace(piece, start=piece.start + start) for piece in describe(dset, files, fit=fit)]
-        start, usual, gap = start + dset.shape[0], usual or dset.shape[0], False
+        frames = promised_shape(dset)[0]
+        start, usual, gap = start + frames, usual or frames, False
     if first is None:
         raise InputError(f"{path}: none of its {len(series)} data files is there, {series[0][0]} for one")
     frames, counts = _promised(file, path, start, files, fit=fit)

@@ -6,7 +6,7 @@ import contextlib
 import re
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,18 @@ class Files:
 
     met: dict[Place, File] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    # virtual datasets whose mappings are being followed
+    virtual: list[tuple[Place, str]] = field(default_factory=list)
 
     def index(self, path: Place) -> int:
         """Number of the file at `path`."""
         if path not in self.met:
             self.met[path] = File.of(path)
         return list(self.met).index(path)
+
+    def at(self, number: int) -> File:
+        """File of that number."""
+        return list(self.met.values())[number]
 
     def size(self, number: int) -> int:
         """Bytes of a file."""
@@ -214,8 +220,8 @@ def pixel_type(dset: Any) -> tuple[np.dtype[Any], bool]:
     return np.dtype(dtype.str), exact
 
 
-def calls(dset: Any, stored: np.dtype[Any]) -> Calls:
-    """Read a dataset through h5py, for what byte extents can't describe.
+def calls(dset: Any, stored: np.dtype[Any], files: tuple[File, ...] = ()) -> Calls:
+    """Read a dataset through h5py, for what byte extents can't describe; `files` are those that HDF5 opens with it.
 
     Raises
     ------
@@ -239,7 +245,9 @@ def calls(dset: Any, stored: np.dtype[Any]) -> Calls:
         chunk = tuple(min(c, n) for c, n in zip(dset.chunks[:-2], nav, strict=True))
     else:
         chunk = (1,) * (len(nav) - 1) + (nav[-1],)
-    return Calls(Reader(located(dset.file).absolute(), dset.name, stored.newbyteorder("=")), chunk, concurrent=False)
+    files = tuple(file if file.remote else replace(file, path=file.path.absolute()) for file in files)
+    reader = Reader(located(dset.file).absolute(), dset.name, stored.newbyteorder("="), files)
+    return Calls(reader, chunk, concurrent=False)
 
 
 def _plugins() -> bool:
@@ -258,17 +266,29 @@ class Reader:
     path: Place
     name: str
     dtype: np.dtype[Any]
+    files: tuple[File, ...] = ()
 
     def __call__(self, box: Box) -> NDArray[Any]:
-        """The box (nav..., y, x); raises DataError where HDF5 can't read it."""
+        """The box (nav..., y, x); raises DataError where HDF5 can't read it, InputError where a file has changed."""
         with _LOCK:
             _plugins()
             try:
                 with opened(self.path) as file:
                     dset = file[self.name]
                     data = dset[box] if dset.ndim == len(box) else dset[box[1:]][None][box[0]]
+                    data = _grown(data, box)
             except (OSError, RuntimeError, KeyError) as error:
                 # HDF5 hands on what the system said; without that, it is the file that is broken
                 failed = ReadError if re.search(r"errno = [1-9]", str(error)) else DataError
                 raise failed(f"{self.path}: {self.name} can't be read through h5py: {error}") from None
+        # of a file that has gone HDF5 reads fill values
+        for file in self.files:
+            if not file.path.exists() or File.of(file.path) != file:
+                raise InputError(f"{file.path}: is gone or changed since it was opened; open {self.path} again")
         return np.asarray(data, self.dtype)
+
+
+def _grown(data: NDArray[Any], box: Box) -> NDArray[Any]:
+    """As large as was asked for: HDF5 ends a virtual dataset where a source is missing, frames that nobody uses."""
+    lacking = [(0, s.stop - s.start - n) for s, n in zip(box, data.shape, strict=True)]
+    return np.pad(data, lacking) if any(n for _, n in lacking) else data

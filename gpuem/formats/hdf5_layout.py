@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from gpuem.errors import InputError, TruncatedError
-from gpuem.formats.hdf5_file import Files, calls, located, opened, pixel_type
+from gpuem.formats import hdf5_external, hdf5_virtual
+from gpuem.formats.hdf5_chunks import chunk_tables
+from gpuem.formats.hdf5_file import Files, calls, located, pixel_type
+from gpuem.formats.hdf5_selection import promised_shape
 from gpuem.formats.remote import Place, Url
 from gpuem.formats.source import Chunks, Layout, Piece, Runs, Step
+from gpuem.formats.stitch import without, written
 
 _PLAIN = {1: "deflate", 3: "fletcher32", 32000: "lzf", 32001: "blosc", 32004: "lz4", 32015: "zstd"}
-_MOST_CHUNKS = 1 << 28
 _CHECKSUM = ("shuffle", "fletcher32")
 
 
@@ -39,32 +43,40 @@ def describe(dset: Any, files: Files, *, fit: bool) -> list[Piece]:
         A file ends before its last frame.
     """
     stored, exact = pixel_type(dset)
-    nav = dset.shape[:-2] or (1,)
     plist = dset.id.get_create_plist()
+    missing = np.zeros(0, np.bool_)
     if dset.is_virtual:
-        pieces = _virtual(dset, files, fit=fit)
+        pieces, missing = hdf5_virtual.read(dset, files, fit=fit, describe=describe, beside=beside)
         if pieces is None:
-            files.note(f"{dset.name}: virtual, but not whole frames in order; read through h5py, by one thread")
+            files.note(f"{dset.name}: virtual, but not of boxes of frames; read through h5py, by one thread")
+    elif dset.external:
+        pieces, missing = hdf5_external.read(dset, stored, files, fit=fit, beside=beside)
     elif not exact:
         pieces = None
         files.note(f"{dset.name}: its numbers have unused bits, so it is read through h5py, by one thread")
-    elif dset.external:
-        pieces = _external(dset, stored, files, fit=fit)
     elif dset.chunks:
         pieces = _chunked(dset, stored, files, fit=fit)
     elif plist.get_layout() == 1:
         pieces = _contiguous(dset, stored, files, fit=fit)
     else:
         pieces = None
-    if pieces is None and isinstance(_path(dset), Url) and (dset.is_virtual or dset.external):
+    if dset.external and not exact:
+        raise InputError(
+            f"{_path(dset)}: {dset.name} has numbers with unused bits in raw files, which gpuem doesn't read; copy it "
+            "into one file (h5repack)"
+        )
+    if pieces is None and isinstance(_path(dset), Url) and dset.is_virtual:
         raise InputError(
             f"{_path(dset)}: {dset.name} is put together from other files in a way that only HDF5 itself can follow, "
             "and it can't over a network; copy all of them to a disk"
         )
     if pieces is None:
-        layout: Layout = calls(dset, stored)
         files.index(_path(dset))
-        return [Piece(0, nav, layout, stored.newbyteorder("="))]
+        if dset.chunks and not missing.size and hasattr(dset.id, "chunk_iter"):
+            missing = _unwritten(dset, files)
+        layout: Layout = calls(dset, stored, tuple(files.met.values()) if dset.is_virtual else ())
+        piece = Piece(0, promised_shape(dset)[:-2] or (1,), layout, stored.newbyteorder("="))
+        return [without(piece, dset.shape[-2:], missing)]
     return pieces
 
 
@@ -86,6 +98,21 @@ def _contiguous(dset: Any, stored: np.dtype[Any], files: Files, *, fit: bool) ->
     whole = _whole(dset, math.prod(nav), there, files, fit=fit)
     shape = nav if whole == math.prod(nav) else (whole,)
     return [Piece(0, shape, Runs.one(offset, whole, frame_bytes, frame_bytes, number), stored)] if whole else []
+
+
+def _unwritten(dset: Any, files: Files) -> NDArray[np.bool_]:
+    """Frames of a dataset that HDF5 reads which lie in chunks that were never written."""
+    shape, chunk = ((1,) * (dset.ndim == 2) + tuple(v) for v in (dset.shape, dset.chunks))
+    offset, length, skipped = chunk_tables(dset)
+    _note_unwritten(dset, length, files)
+    there = written(Piece(0, shape[:-2], Chunks(chunk, offset, offset, length, skipped), np.dtype("u1")), shape[-2:])
+    return np.zeros(0, np.bool_) if there is None else ~there
+
+
+def _note_unwritten(dset: Any, length: NDArray[np.int64], files: Files) -> None:
+    gone = int((length == 0).sum())
+    if gone:
+        files.note(f"{dset.name}: {gone} of its {length.size} chunks were never written")
 
 
 def _whole(dset: Any, promised: int, there: int, files: Files, *, fit: bool, what: str = "") -> int:
@@ -132,26 +159,9 @@ def _chunked(dset: Any, stored: np.dtype[Any], files: Files, *, fit: bool) -> li
         files.note(f"{dset.name}: read through h5py, by one thread, because of {why}")
         return None
     shape, chunk = ((1,) * (dset.ndim == 2) + tuple(v) for v in (dset.shape, dset.chunks))
-    grid = tuple(-(-n // c) for n, c in zip(shape, chunk, strict=True))
-    number, total = files.index(_path(dset)), math.prod(grid)
-    if total > _MOST_CHUNKS:
-        raise InputError(
-            f"{_path(dset)}: {dset.name} {shape} has {total} chunks {chunk}; {_MOST_CHUNKS} can be indexed"
-        )
-    offset, length, skipped = np.zeros(total, np.int64), np.zeros(total, np.int64), np.zeros(total, np.uint32)
-    entries: list[Any] = []
-    dset.id.chunk_iter(entries.append)
-    if entries:
-        at = np.array([entry.chunk_offset for entry in entries], np.int64) // np.array(dset.chunks)
-        at = np.concatenate([np.zeros((len(at), int(dset.ndim == 2)), np.int64), at], axis=1)
-        inside = (at < grid).all(axis=1)
-        flat = np.ravel_multi_index(tuple(at[inside].T), grid)
-        offset[flat] = np.array([entry.byte_offset for entry in entries], np.int64)[inside] + _shift(dset, entries[0])
-        length[flat] = np.array([entry.size for entry in entries], np.int64)[inside]
-        skipped[flat] = np.array([entry.filter_mask for entry in entries], np.uint32)[inside]
-    gone = int((length == 0).sum())
-    if gone:
-        files.note(f"{dset.name}: {gone} of its {total} chunks were never written")
+    offset, length, skipped = chunk_tables(dset)
+    number, total = files.index(_path(dset)), offset.size
+    _note_unwritten(dset, length, files)
     cut = (offset > files.size(number) - length) & (length > 0)
     if cut.any():
         message = f"{_path(dset)}: {files.size(number)} bytes; {int(cut.sum())} of {total} chunks lie beyond its end"
@@ -163,125 +173,18 @@ def _chunked(dset: Any, stored: np.dtype[Any], files: Files, *, fit: bool) -> li
     return [Piece(0, shape[:-2], layout, stored, codec)]
 
 
-def _shift(dset: Any, entry: Any) -> int:
-    """What is missing from the offsets of `chunk_iter` in a file with a user block: some HDF5 releases leave it out."""
-    if not dset.file.userblock_size:
-        return 0
-    return int(dset.id.get_chunk_info_by_coord(entry.chunk_offset).byte_offset - entry.byte_offset)
-
-
 def beside(dset: Any, name: str) -> Place:
-    """A file that an HDF5 file names: beside it, else from the working directory as HDF5 does; it may be missing."""
-    near = _path(dset).parent / name
-    return near if isinstance(near, Url) or near.exists() or not Path(name).exists() else Path(name)
+    """A file that an HDF5 file names, looked for beside it first, else as HDF5 does; it may be missing.
 
-
-def _external(dset: Any, stored: np.dtype[Any], files: Files, *, fit: bool) -> list[Piece] | None:
-    """Raw files beside the HDF5 file, when each holds whole frames; else None."""
-    frame_bytes = math.prod(dset.shape[-2:]) * stored.itemsize
-    left, start, pieces = math.prod(dset.shape[:-2]), 0, []
-    for name, offset, size in dset.external:
-        frames, rest = divmod(min(size, left * frame_bytes), frame_bytes)
-        if rest:
-            files.note(f"{dset.name}: a frame spans two raw files, so it is read through h5py, by one thread")
-            return None
-        path = beside(dset, name if isinstance(name, str) else name.decode())
-        if not path.is_file():
-            message = f"{_path(dset)}: {dset.name} keeps {frames} frames in {path}, which is missing"
-            if not fit:
-                raise InputError(f"{message}; set fit = true to go on without them")
-            files.note(message)
-        elif frames:
-            number = files.index(path)
-            there = max(0, files.size(number) - offset) // frame_bytes
-            whole = _whole(dset, frames, there, files, fit=fit, what=str(path))
-            layout = Runs.one(offset, whole, frame_bytes, frame_bytes, number)
-            pieces += [Piece(start, (whole,), layout, stored)] if whole else []
-        start, left = start + frames, left - frames
-    return pieces
-
-
-def _virtual(dset: Any, files: Files, *, fit: bool) -> list[Piece] | None:
-    """Frames that lie in other datasets, when each is mapped as a range of whole frames in order; else None."""
-    dtype, covered, pieces = pixel_type(dset)[0], 0, []
-    for entry in dset.virtual_sources():
-        here = _range(entry.vspace, dset.shape)
-        if here is None or "%" in entry.file_name or "%" in entry.dset_name:
-            return None
-        path = _path(dset) if entry.file_name == "." else beside(dset, entry.file_name)
-        covered += here[1]
-        if not path.is_file():
-            message = f"{_path(dset)}: {dset.name} takes {here[1]} frames from {path}, which is missing"
-            if not fit:
-                raise InputError(f"{message}; set fit = true to go on without them")
-            files.note(message)
-            continue
-        with opened(path, files) as file:
-            if entry.dset_name not in file:
-                raise InputError(f"{path}: has no dataset {entry.dset_name}, from which {_path(dset)} takes frames")
-            source = file[entry.dset_name]
-            there = _range(entry.src_space, source.shape)
-            same = source.ndim > 1 and source.shape[-2:] == dset.shape[-2:]
-            if (
-                not same
-                or there is None
-                or there[1] != here[1]
-                or not np.can_cast(pixel_type(source)[0], dtype, "safe")
-            ):
-                return None
-            for piece in describe(source, files, fit=fit):
-                part = cut(piece, there[0], sum(there))
-                if part is None:
-                    return None
-                pieces += [replace(part, start=part.start - there[0] + here[0])] if part.frames else []
-    if covered < math.prod(dset.shape[:-2]):
-        files.note(f"{dset.name}: {math.prod(dset.shape[:-2]) - covered} of its frames are mapped to no file")
-    return sorted(pieces, key=lambda piece: piece.start)
-
-
-def _range(space: Any, shape: tuple[int, ...]) -> tuple[int, int] | None:
-    """First frame and number of frames of a selection; None unless it is whole frames one after another."""
-    import h5py
-
-    if space.get_select_type() == h5py.h5s.SEL_ALL:
-        return 0, math.prod(shape[:-2])
-    if space.get_select_type() != h5py.h5s.SEL_HYPERSLABS or not space.is_regular_hyperslab():
-        return None
-    # HDF5 stores of a source's shape only what the selection needs, so `shape` is the dataset's own
-    start, stride, count, block = space.get_regular_hyperslab()
-    if len(start) != len(shape) or any(c > 1 and s != b for s, c, b in zip(stride, count, block, strict=True)):
-        return None
-    extent = [c * b for c, b in zip(count, block, strict=True)]
-    if any(s + e > n for s, e, n in zip(start, extent, shape, strict=True)):
-        return None
-    # behind the first axis that isn't a single index, every axis must be taken whole
-    first = next((k for k, e in enumerate(extent) if e > 1), len(shape))
-    if any(e != n for e, n in list(zip(extent, shape, strict=True))[min(first + 1, len(shape) - 2) :]):
-        return None
-    nav = shape[:-2] or (1,)
-    at = int(np.ravel_multi_index(start[:-2] or (0,), nav))
-    return at, math.prod(extent[:-2])
-
-
-def cut(piece: Piece, first: int, stop: int) -> Piece | None:
-    """The frames of `piece` within ``[first, stop)``, counted as its `start` is; None where chunks would be cut."""
-    low, high = max(first, piece.start), min(stop, piece.start + piece.frames)
-    if high <= low:
-        return replace(piece, nav=(0,))
-    if high - low == piece.frames:
-        return piece
-    if isinstance(piece.layout, Runs) and len(piece.layout.file) == 1:
-        runs = piece.layout
-        offset = int(runs.offset[0] + (low - piece.start) * runs.stride[0])
-        part = Runs.one(offset, high - low, int(runs.stride[0]), runs.frame_bytes, int(runs.file[0]))
-        return replace(piece, start=low, nav=(high - low,), layout=part)
-    if not isinstance(piece.layout, Chunks):
-        return None
-    chunks, row = piece.layout, math.prod(piece.nav[1:])
-    a, b = (low - piece.start) / row, (high - piece.start) / row
-    if a % chunks.shape[0] or (b % chunks.shape[0] and b != piece.nav[0]):
-        return None
-    size = len(chunks.file) // -(-piece.nav[0] // chunks.shape[0])
-    rows = slice(int(a) // chunks.shape[0] * size, -(-int(b) // chunks.shape[0]) * size)
-    part_of = {name: getattr(chunks, name)[rows] for name in ("file", "offset", "length", "skipped")}
-    return replace(piece, start=low, nav=(int(b - a), *piece.nav[1:]), layout=replace(chunks, **part_of))
+    HDF5 takes the last part of an absolute name that leads nowhere, the working directory, and the folder that a
+    symbolic link leads to; for sources of virtual datasets the folders in HDF5_VDS_PREFIX before all others.
+    """
+    folder = _path(dset).parent
+    if isinstance(folder, Url):
+        return folder / name
+    short = Path(name).name if Path(name).is_absolute() else name
+    prefixes = os.environ.get("HDF5_VDS_PREFIX", "").split(os.pathsep) if getattr(dset, "is_virtual", False) else []
+    places = [Path(prefix.replace("${ORIGIN}", str(folder))) / short for prefix in prefixes if prefix]
+    places = [*places, folder / name] if short == name else [folder / name, *places, folder / short]
+    places += [Path(short), (folder / _path(dset).name).resolve().parent / short]
+    return next((place for place in places if place.exists()), folder / name)

@@ -6,6 +6,7 @@ Runs      frames one after another at a fixed distance: raw, npy, mib, empad, co
 Chunks    a regular grid of separately stored (and compressed) boxes: HDF5, Zarr
 Strided   one array whose pixels of a frame aren't adjacent: Fortran order
 Calls     what can't be described by byte extents: arrays in memory, lazy arrays; a function returns a box
+Stitched  frames put together from parts, each with a layout of its own: modules of a tiled camera
 Resident  runs or chunks whose bytes lie in the memory of a GPU
 
 Codecs are data too: a tuple of steps, each a name with parameters, in the order in which they are undone. So is the
@@ -15,8 +16,8 @@ correction of pixels once they are decoded: stored type -> `Source.raw_dtype` ->
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +167,61 @@ class Resident:
     inner: Runs | Chunks
 
 
-Layout = Runs | Chunks | Strided | Calls | Resident
+@dataclass(frozen=True)
+class Part:
+    """A box of a stitched frame, and the stored frames that it is taken from.
+
+    Parameters
+    ----------
+    piece : Piece
+        Where those lie; its `start` is not used. Not stitched itself. Unless its layout is `Runs`, its nav shape
+        ends as that of the stitched piece does behind the first axis, and `first` is a whole number of its rows.
+    shape : tuple of int
+        Shape (y, x) of the frames of `piece`.
+    first : int
+        Frame of `piece`, in its flat order, that belongs to the first stitched frame.
+    inside : tuple of int
+        First row and column of them that are taken.
+    size : tuple of int
+        Rows and columns that are taken.
+    at : tuple of int
+        Row and column of the stitched frame where they begin.
+    """
+
+    piece: Piece
+    shape: tuple[int, int]
+    first: int
+    inside: tuple[int, int]
+    size: tuple[int, int]
+    at: tuple[int, int]
 
 
-def stored_layout(layout: Layout) -> Runs | Chunks | Strided | Calls:
+@dataclass(frozen=True)
+class Stitched:
+    """Frames put together from parts that don't overlap.
+
+    Parameters
+    ----------
+    parts : tuple of Part
+        What covers the frame.
+    gaps : tuple of (y, x, rows, columns)
+        Boxes of the frame that no part covers.
+    fill : int or float
+        Value of the pixels in gaps.
+    missing : (frames,) bool or None
+        Frames that can't be had, because something of them lies in no file.
+    """
+
+    parts: tuple[Part, ...]
+    gaps: tuple[tuple[int, int, int, int], ...] = ()
+    fill: float = 0
+    missing: NDArray[np.bool_] | None = None
+
+
+Layout = Runs | Chunks | Strided | Calls | Stitched | Resident
+
+
+def stored_layout(layout: Layout) -> Runs | Chunks | Strided | Calls | Stitched:
     """How frames are laid out, wherever they are."""
     return layout.inner if isinstance(layout, Resident) else layout
 
@@ -202,6 +254,15 @@ class Piece:
     def frames(self) -> int:
         """Number of frames."""
         return math.prod(self.nav)
+
+
+def layouts(piece: Piece) -> Iterator[Runs | Chunks | Strided | Calls | Resident]:
+    """The layout of a piece, or those of the parts that it is stitched of."""
+    if isinstance(piece.layout, Stitched):
+        for part in piece.layout.parts:
+            yield from layouts(part.piece)
+    else:
+        yield piece.layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -297,7 +358,7 @@ class Source:
     @property
     def in_files(self) -> bool:
         """Whether anything has to be read from files; not so for data that is in memory or on a GPU."""
-        return any(not isinstance(piece.layout, Resident | Calls) for piece in self.pieces)
+        return bool(self.files) and any(not isinstance(piece.layout, Resident) for piece in self.pieces)
 
     @property
     def remote(self) -> bool:
@@ -318,3 +379,9 @@ class Source:
     def nbytes(self) -> int:
         """Bytes of all frames, decoded, before they are corrected."""
         return self.frames * self.frame_nbytes
+
+
+def part_of(source: Source, piece: Piece, part: Part) -> tuple[Source, Piece]:
+    """A part of a stitched piece as uncorrected frames of its own: source and piece, numbered as the whole ones are."""
+    own = replace(source, frame_shape=part.shape, dtype=source.raw_dtype, correction=None, pieces=())
+    return own, replace(part.piece, start=piece.start - part.first)
