@@ -199,6 +199,7 @@ def open(  # noqa: A001
     calibration: Mapping[str, Any] | None = None,
     format: str | None = None,  # noqa: A002
     copies: Sequence[Mapping[str, Any]] = (),
+    follow_links: bool = False,
     **options: Any,
 ) -> Dataset:
     """Open detector data; only headers are read.
@@ -222,6 +223,9 @@ def open(  # noqa: A001
     copies : sequence of mapping
         Machines that have the files on their own disks, too, and are to read them there: ``hosts`` (patterns of their
         names), ``folder``, and ``files`` (patterns of file names) where it isn't all.
+    follow_links : bool
+        Read also files outside the folder of `path` where the file names them: external links, sources of virtual data
+        sets and raw files of HDF5. Otherwise they are refused. Symbolic links in the folder are followed in any case.
     **options
         What the format needs to be told, such as ``frame``, ``dtype``, ``offset``, ``header``, ``footer`` for raw and
         ``dataset`` for HDF5.
@@ -243,7 +247,7 @@ def open(  # noqa: A001
         raise RecipeError("path: no file is given")
     options = {key: value for key, value in options.items() if value is not None}
     paths = tuple(place(p) for p in many)
-    source = read_header(paths, format, scan, **({"fit": True} if fit else {}), **options)
+    source = read_header(paths, format, scan, follow_links=follow_links, **({"fit": True} if fit else {}), **options)
     if copies:
         source = replace(source, copies=tuple(_copy(**one) for one in copies))
     return arrange(source, scan, skip, fit, calibration)

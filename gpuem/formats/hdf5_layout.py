@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gpuem.errors import InputError, TruncatedError
 from gpuem.formats.hdf5_file import Files, calls, located, opened, pixel_type
+from gpuem.formats.named import find
 from gpuem.formats.remote import Place, Url
 from gpuem.formats.source import Chunks, Layout, Piece, Runs, Step
 
@@ -171,9 +171,8 @@ def _shift(dset: Any, entry: Any) -> int:
 
 
 def beside(dset: Any, name: str) -> Place:
-    """A file that an HDF5 file names: beside it, else from the working directory as HDF5 does; it may be missing."""
-    near = _path(dset).parent / name
-    return near if isinstance(near, Url) or near.exists() or not Path(name).exists() else Path(name)
+    """A file that an HDF5 file names, beside it or where HDF5 would look for it, too; it may be missing."""
+    return find(_path(dset), name)
 
 
 def _external(dset: Any, stored: np.dtype[Any], files: Files, *, fit: bool) -> list[Piece] | None:
