@@ -202,6 +202,7 @@ def open(  # noqa: A001
     calibration: Mapping[str, Any] | None = None,
     format: str | None = None,  # noqa: A002
     copies: Sequence[Mapping[str, Any]] = (),
+    follow_links: bool = False,
     **options: Any,
 ) -> Dataset:
     """Open detector data; only headers are read.
@@ -225,6 +226,9 @@ def open(  # noqa: A001
     copies : sequence of mapping
         Machines that have the files on their own disks, too, and are to read them there: ``hosts`` (patterns of their
         names), ``folder``, and ``files`` (patterns of file names) where it isn't all.
+    follow_links : bool
+        Read also files outside the folder of `path` where the file names them: external links, sources of virtual data
+        sets and raw files of HDF5. Otherwise they are refused. Symbolic links in the folder are followed in any case.
     **options
         What the format needs to be told, such as ``frame``, ``dtype``, ``offset``, ``header``, ``footer`` for raw and
         ``dataset`` for HDF5.
@@ -249,7 +253,7 @@ def open(  # noqa: A001
     scan = None if scan is None else _scan_shape(paths[0], scan)
     if not isinstance(skip, int | np.integer) or isinstance(skip, bool):
         raise RecipeError(f"{paths[0]}: skip {skip!r}: needed is a whole number of frames")
-    source = read_header(paths, format, scan, **({"fit": True} if fit else {}), **options)
+    source = read_header(paths, format, scan, follow_links=follow_links, **({"fit": True} if fit else {}), **options)
     if copies:
         source = replace(source, copies=tuple(_copy(**one) for one in copies))
     return arrange(source, scan, skip, fit, calibration)

@@ -71,6 +71,9 @@ class Input(_Section):
     dataset: str | None = None
     skip: int = 0
     fit: bool = False
+    follow_links: bool = Field(
+        default=False, description="read also files outside the folder of the data where the data names them"
+    )
     roi: list[int] | Path | None = Field(
         default=None, description="first and end (excluded) for every scan axis, or a boolean .npy of scan shape"
     )

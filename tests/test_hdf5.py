@@ -213,7 +213,7 @@ def test_a_missing_filter_is_named(tmp_path, monkeypatch):
     path = write(tmp_path / "a.h5", counts(), chunks=(1, 5, 11, 13), **hdf5plugin.Blosc2())
     monkeypatch.setattr(h5py.h5z, "filter_avail", lambda number: number != 32026)
     with pytest.raises(InputError, match=r"32026.*pip install hdf5plugin"):
-        read(path)
+        hdf5.read_tables(path)
 
 
 def test_damage_behind_h5py_is_a_data_error(tmp_path):

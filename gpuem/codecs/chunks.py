@@ -234,6 +234,8 @@ def _framed(raw: Bytes, out: Bytes, group: int, block: Callable[[Bytes, Bytes], 
 def _shuffle(raw: Bytes, out: Bytes, itemsize: int) -> Bytes:
     from gpuem.codecs import planes
 
+    if itemsize < 1:
+        raise _BrokenError(f"elements of {itemsize} bytes")
     if raw.size != out.size:
         raise _BrokenError(f"{raw.size} bytes instead of {out.size}")
     planes.unshuffle_bytes(raw, out, itemsize)

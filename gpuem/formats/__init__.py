@@ -27,6 +27,8 @@ def read_header(
     paths: tuple[Place, ...],
     format: str | None = None,  # noqa: A002
     scan: Sequence[int] | None = None,
+    *,
+    follow_links: bool = False,
     **options: Any,
 ) -> Source:
     """Describe files by their headers.
@@ -39,6 +41,8 @@ def read_header(
         Name of the format; by default found by the file's name.
     scan : sequence of int
         Shape of the scan, for formats whose header may say another.
+    follow_links : bool
+        Whether files that these name may lie outside their folder, for formats that name any.
     **options
         What the file doesn't say; those of the format's own `read_header`.
 
@@ -62,11 +66,13 @@ def read_header(
     allowed = inspect.signature(read).parameters
     if scan is not None and "scan" in allowed:
         options["scan"] = tuple(scan)
+    if follow_links and "follow_links" in allowed:
+        options["follow_links"] = True
     for key in options:
         if key not in allowed:
             raise RecipeError(
                 f"{paths[0]}: format {name!r} has no option {key!r} (the file itself says that); "
-                f"its options: {', '.join(k for k in allowed if k not in ('paths', 'scan'))}"
+                f"its options: {', '.join(k for k in allowed if k not in ('paths', 'scan', 'follow_links'))}"
             )
     source: Source = read(paths, **options)
     return source

@@ -8,12 +8,14 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpuem.errors import DataError, InputError, ReadError
+from gpuem.formats.hdf5_check import Superblock, check_superblock
+from gpuem.formats.helper import give_time
 from gpuem.formats.remote import Place, Stream, Url
 from gpuem.formats.source import Box, Calls, File
 
@@ -21,7 +23,10 @@ from gpuem.formats.source import Box, Calls, File
 _LOCK = threading.Lock()
 # by the names under which h5py has them open
 _URLS: dict[str, Url] = {}
-_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+# what HDF5 says of a file that is being written, and no other message contains
+_WRITTEN = re.compile(r"unable to lock file|already open for")
+# what h5py raises where tables are damaged, other than OSError
+_DAMAGE = (RuntimeError, KeyError, ValueError, TypeError, OverflowError, AttributeError, SystemError)
 
 
 @dataclass
@@ -70,10 +75,12 @@ def opened(path: Place, notes: Files | None = None) -> Iterator[Any]:
         return
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    superblock = check_superblock(path)
+    give_time(path)
     try:
         file = h5py.File(path, "r")
-    except OSError as error:
-        file = _without_lock(path, error)
+    except (OSError, *_DAMAGE) as error:
+        file = _without_lock(path, error, superblock)
         if notes is not None:
             notes.note(f"{path}: another program has it open; it was read without a lock, as it was then")
     with file:
@@ -92,9 +99,10 @@ def _remote(url: Url) -> Iterator[Any]:
     _URLS[repr(stream)] = url
     # HDF5 makes errors of its own of those that the network makes, and some it takes for a missing link
     try:
+        check_superblock(url, cast(BinaryIO, stream))
         try:
             file = h5py.File(stream, "r")
-        except OSError as error:
+        except (OSError, *_DAMAGE) as error:
             raise InputError(_why(url, error)) from None
         with file:
             yield file
@@ -111,77 +119,29 @@ def located(file: Any) -> Place:
     return _URLS.get(file.filename) or Path(file.filename)
 
 
-def _without_lock(path: Place, error: OSError) -> Any:
+def _without_lock(path: Path, error: Exception, superblock: Superblock) -> Any:
     """A file that another program is writing: without the lock, then as one of a single writer and many readers."""
     import h5py
 
-    for options in ({"locking": False}, {"locking": False, "swmr": True}):
-        if "lock" not in str(error) and "already open for" not in str(error):
+    # with swmr HDF5 waits for tables that will never come where the file is cut off: only for files that are marked so
+    for options in ({"locking": False}, *([{"locking": False, "swmr": True}] if superblock.swmr else [])):
+        if not _WRITTEN.search(str(error)):
             break
         try:
             return h5py.File(path, "r", **options)
-        except OSError as again:
+        except (OSError, *_DAMAGE) as again:
             error = again
     raise InputError(_why(path, error)) from None
 
 
-def _why(path: Place, error: OSError) -> str:
-    """Why a file can't be opened, in sizes."""
-    size = path.stat().st_size
-    if size == 0:
-        return f"{path}: the file is empty (0 bytes)"
-    promised = re.search(r"stored_eof = (\d+)", str(error))
-    if promised:
-        return (
-            f"{path}: the file is cut off: it has {size} bytes, its header promises {promised[1]}; HDF5 keeps its "
-            "tables anywhere in the file, so nothing of it can be trusted: copy it again"
-        )
+def _why(path: Place, error: Exception) -> str:
+    """Why a file can't be opened though its superblock is sound."""
     if "already open" in str(error):
         return (
             f"{path}: another program has it open for writing, or left it so; close that program, or clear the mark: "
             f"h5clear -s {path}"
         )
-    with path.open("rb") as stream:
-        if _SIGNATURE not in stream.read(4096):
-            return f"{path}: not an HDF5 file, or its first bytes are damaged ({size} bytes)"
-    return f"{path}: HDF5 can't open it ({size} bytes): {error}"
-
-
-def walk(file: Any) -> tuple[dict[str, Any], list[str]]:
-    """All datasets of an open file by name, each once, and the files that broken links point to.
-
-    External and soft links are followed.
-    """
-    import h5py
-
-    found: dict[str, Any] = {}
-    broken: list[str] = []
-    seen, groups = set(), [file["/"]]
-    while groups:
-        group = groups.pop(0)
-        links = [(name, group.get(name, getlink=True)) for name in group]
-        for name, link in sorted(links, key=lambda pair: not isinstance(pair[1], h5py.HardLink)):
-            if isinstance(link, h5py.ExternalLink) and isinstance(located(file), Url):
-                # HDF5 would look for it in this file
-                broken.append(link.filename)
-                continue
-            try:
-                item = group[name]
-            except (KeyError, OSError):
-                if isinstance(link, h5py.ExternalLink):
-                    broken.append(link.filename)
-                continue
-            info = h5py.h5o.get_info(item.id)
-            if (info.fileno, info.addr) in seen:
-                continue
-            seen.add((info.fileno, info.addr))
-            if isinstance(item, h5py.Group):
-                groups.append(item)
-            elif isinstance(item, h5py.Dataset):
-                # a dataset behind a link to another file goes by the name it has there; keep the way that leads to it
-                here = item.file.filename == file.filename
-                found[item.name if here else f"{group.name.rstrip('/')}/{name}"] = item
-    return found, broken
+    return f"{path}: HDF5 can't open it ({path.stat().st_size} bytes): {error}"
 
 
 def type_name(dset: Any) -> str:
@@ -277,7 +237,7 @@ class Reader:
                     dset = file[self.name]
                     data = dset[box] if dset.ndim == len(box) else dset[box[1:]][None][box[0]]
                     data = _grown(data, box)
-            except (OSError, RuntimeError, KeyError) as error:
+            except (OSError, *_DAMAGE) as error:
                 # HDF5 hands on what the system said; without that, it is the file that is broken
                 failed = ReadError if re.search(r"errno = [1-9]", str(error)) else DataError
                 raise failed(f"{self.path}: {self.name} can't be read through h5py: {error}") from None

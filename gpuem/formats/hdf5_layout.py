@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +13,7 @@ from gpuem.formats import hdf5_external, hdf5_virtual
 from gpuem.formats.hdf5_chunks import chunk_tables
 from gpuem.formats.hdf5_file import Files, calls, located, pixel_type
 from gpuem.formats.hdf5_selection import promised_shape
+from gpuem.formats.named import find
 from gpuem.formats.remote import Place, Url
 from gpuem.formats.source import Chunks, Layout, Piece, Runs, Step
 from gpuem.formats.stitch import without, written
@@ -174,17 +173,5 @@ def _chunked(dset: Any, stored: np.dtype[Any], files: Files, *, fit: bool) -> li
 
 
 def beside(dset: Any, name: str) -> Place:
-    """A file that an HDF5 file names, looked for beside it first, else as HDF5 does; it may be missing.
-
-    HDF5 takes the last part of an absolute name that leads nowhere, the working directory, and the folder that a
-    symbolic link leads to; for sources of virtual datasets the folders in HDF5_VDS_PREFIX before all others.
-    """
-    folder = _path(dset).parent
-    if isinstance(folder, Url):
-        return folder / name
-    short = Path(name).name if Path(name).is_absolute() else name
-    prefixes = os.environ.get("HDF5_VDS_PREFIX", "").split(os.pathsep) if getattr(dset, "is_virtual", False) else []
-    places = [Path(prefix.replace("${ORIGIN}", str(folder))) / short for prefix in prefixes if prefix]
-    places = [*places, folder / name] if short == name else [folder / name, *places, folder / short]
-    places += [Path(short), (folder / _path(dset).name).resolve().parent / short]
-    return next((place for place in places if place.exists()), folder / name)
+    """A file that an HDF5 file names, where `gpuem.formats.named.find` finds it; it may be missing."""
+    return find(_path(dset), name, virtual=bool(getattr(dset, "is_virtual", False)))
