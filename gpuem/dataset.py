@@ -245,22 +245,23 @@ def open(  # noqa: A001
     RecipeError
         An option is unknown or impossible.
     """
-    many = [path] if isinstance(path, str | os.PathLike | Url) else list(path)
-    if not many:
+    paths = tuple(place(p) for p in ([path] if isinstance(path, str | os.PathLike | Url) else path))
+    if not paths:
         raise RecipeError("path: no file is given")
-    options = {key: value for key, value in options.items() if value is not None}
-    paths = tuple(place(p) for p in many)
-    scan = None if scan is None else _scan_shape(paths[0], scan)
-    if not isinstance(skip, int | np.integer) or isinstance(skip, bool):
-        raise RecipeError(f"{paths[0]}: skip {skip!r}: needed is a whole number of frames")
-    source = read_header(paths, format, scan, follow_links=follow_links, **({"fit": True} if fit else {}), **options)
+    scan = _scan_shape(paths[0], scan, skip)
+    options = {key: value for key, value in {**options, "fit": fit or None}.items() if value is not None}
+    source = read_header(paths, format, scan, follow_links=follow_links, **options)
     if copies:
         source = replace(source, copies=tuple(_copy(**one) for one in copies))
     return arrange(source, scan, skip, fit, calibration)
 
 
-def _scan_shape(path: Place, scan: Sequence[int]) -> tuple[int, ...]:
-    """The scan as it is given; raises RecipeError unless it is a shape that can be."""
+def _scan_shape(path: Place, scan: Sequence[int] | None, skip: int) -> tuple[int, ...] | None:
+    """The scan as it is given; raises RecipeError unless it and `skip` can be."""
+    if not isinstance(skip, int | np.integer) or isinstance(skip, bool):
+        raise RecipeError(f"{path}: skip {skip!r}: needed is a whole number of frames")
+    if scan is None:
+        return None
     sizes = tuple(scan) if isinstance(scan, Sequence | np.ndarray) and not isinstance(scan, str | bytes) else ()
     if not sizes or not all(isinstance(n, int | np.integer) and not isinstance(n, bool | np.bool_) for n in sizes):
         raise RecipeError(f"{path}: scan {scan!r}: needed are whole numbers, such as (256, 256)")

@@ -152,7 +152,9 @@ def _inside(key: str, before: Any, after: Any) -> Iterator[tuple[str, Any, Any]]
             yield from _inside(here, before.get(name, _MISSING), after.get(name, _MISSING))
     elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         for k, (one, other) in enumerate(zip(before, after, strict=True)):
-            yield from _inside(f"{key}[{k}]", one, other)
+            # a file goes by its path, not by its number
+            path = other.get("path") if isinstance(other, dict) and isinstance(one, dict) else None
+            yield from _inside(f"{path}" if path and one.get("path") == path else f"{key}[{k}]", one, other)
     elif isinstance(before, list) and isinstance(after, list):
         same = next((k for k, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), None)
         k = min(len(before), len(after)) if same is None else same
