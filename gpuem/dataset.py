@@ -217,8 +217,7 @@ def open(  # noqa: A001
     skip : int
         Frames at the start of the file that don't belong to the scan; negative: the first positions have no frame.
     fit : bool
-        Go on where file and scan disagree: positions without a frame are masked, frames beyond the scan are left out,
-        and both are said.
+        Go on where file and scan disagree: positions without a frame are masked, frames beyond it left out, and said.
     calibration : mapping
         ``scan_step``, ``scan_unit``, ``detector_step``, ``detector_unit``.
     format : str

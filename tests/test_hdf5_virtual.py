@@ -402,11 +402,9 @@ def test_a_virtual_dataset_of_itself_is_refused(tmp_path):
     layout = h5py.VirtualLayout((4, 5, 6), "<u2")
     layout[...] = h5py.VirtualSource("a.h5", "data", (4, 5, 6))
     write(tmp_path / "b.h5", layout)
-    with pytest.raises(InputError, match="takes frames from itself"):
-        hdf5.read_header((tmp_path / "a.h5",))
-    found = hdf5.read_header((tmp_path / "a.h5",), fit=True)
-    assert not covered(found).any()
-    assert any("takes its frames from itself" in note for note in found.notes)
+    for fit in (False, True):
+        with pytest.raises(InputError, match="takes frames from itself"):
+            hdf5.read_header((tmp_path / "a.h5",), fit=fit)
 
 
 def test_sources_in_the_file_itself_and_where_hdf5_looks_for_them(tmp_path, monkeypatch):
