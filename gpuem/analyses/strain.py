@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, InstanceOf, model_validator
+from pydantic import BeforeValidator, Field, InstanceOf, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from gpuem.analyses import Sample, View
@@ -15,6 +15,11 @@ from gpuem.analyses.model import Model, Name
 from gpuem.analyses.strain_maps import StrainFit
 
 Pair = tuple[float, float]
+Place = Annotated[
+    Pair | None,
+    # what is found without being asked for, said as for the other analyses
+    BeforeValidator(lambda v: None if isinstance(v, str) and v == "auto" else v, Pair | Literal["auto"] | None),
+]
 Region = tuple[int, int] | tuple[int, int, int, int]
 Image = Path | SkipJsonSchema[InstanceOf[np.ndarray[Any, Any]]]
 
@@ -81,7 +86,7 @@ class Strain(Model):
 
     kind: Literal["strain"] = "strain"
     name: Name = "strain"
-    center: Pair | None = None
+    center: Place = None
     a: Pair | None = None
     b: Pair | None = None
     lattices: tuple[tuple[Pair, Pair], ...] = ()
@@ -93,6 +98,7 @@ class Strain(Model):
     registration: Literal["lattice", "guided", "correlation", "blobfinder"] = "lattice"
     power: float = Field(default=1.0, ge=0, le=1)
     reference: Literal["median"] | Region | tuple[Pair, Pair] | Image = "median"
+    reference_frame: Literal["undistorted", "detector"] = "undistorted"
     measure: Measure = "stretch"
     axes: float | tuple[int, int] = 0.0
     distortion: Pair = (1.0, 0.0)
