@@ -12,7 +12,7 @@ descan do. Five things speak for a site c, each as a log likelihood ratio agains
   that is weaker than all its like is outstanding too. Behind a mask, or where no disk is seen, it says little.
 * Brightness over that of the brightest: the direct beam is seldom faint.
 * Further grains: the direct beam lies on the lattices of all of them.
-* The middle of the detector, weakly.
+* The middle of the detector and that of the disks (which a tilt and the edges move), weakly.
 
 The confidence is the likelihood over the sum of those of all sites.
 """
@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-SURE = 0.9
-"""Confidence from which on the choice needs no warning."""
+ODDS = 5.0
+"""So many times likelier than the next one must a choice be that needs no warning."""
 
 _MOST = 120
 """Sites that are tried: the brightest and those that are hidden."""
@@ -46,20 +46,23 @@ _CORRELATED = 0.5
 _MOST_SYMMETRY = 7.0
 """Log likelihood ratio that symmetry can make at most: one in a thousand patterns is symmetric about another site."""
 
-_FAINT = 0.7
+_FAINT = 1.0
 """Power of the brightness over that of the brightest that a site's likelihood goes with."""
 
-_TILT = 1.5
+_TILT = 1.0
 """Usual ln of the ratio of opposite disks at the edge of the pattern."""
 
 _MIDDLE = 0.3
 """Usual distance of the direct beam from the middle of the detector, in parts of its smaller side."""
 
+_AMONG = 0.7
+"""Usual distance of the direct beam from the middle of the disks, in parts of their mean distance from there."""
+
 _BOOST = (0.8, 1.0)
 """ln of the direct beam over its neighbours: what is usual, and the spread."""
 
-_HIDDEN = {"dark": -2.5, "edge": -2.0, "masked": 0.5}
-"""Log likelihood ratio of a site without a disk, one at the edge, and one that a mask hides."""
+_HIDDEN = {"dark": -2.5, "edge": -2.0, "masked": 2.0}
+"""Log likelihood ratio of a site without a disk, one at the edge, and the only one behind a mask or a beam stop."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +124,11 @@ class Origin:
     state: str = "disk"
     runner: tuple[float, float, float] | None = None
 
+    @property
+    def sure(self) -> bool:
+        """Whether the next likely site is much less likely."""
+        return self.runner is None or self.confidence >= ODDS * self.runner[2]
+
     def describe(self) -> str:
         """The choice in words, with the numbers."""
         text = f"confidence {self.confidence:.2f} ({self.pairs} Friedel pairs"
@@ -162,7 +170,7 @@ def rank_origins(found: SiteCounts, shape: tuple[int, int], others: Sequence[tup
         boost[seen] += _FAINT * (log[chosen[seen]] - log[chosen[seen]].max())
     places = found.places[chosen]
     away = np.hypot(*(places - (np.array(shape) - 1) / 2).T) / (_MIDDLE * min(shape))
-    total = symmetry + boost - 0.5 * away**2
+    total = symmetry + boost - 0.5 * away**2 - 0.5 * _off_middle(found, log, error, chosen) ** 2
     for center, basis in others:
         total += _coincidence(places, center, basis)
     chance = np.exp(total - total.max())
@@ -210,6 +218,18 @@ def _candidates(found: SiteCounts, state: list[str]) -> NDArray[np.int64]:
     return np.sort(np.concatenate([some, np.flatnonzero(hidden & inside)[:_MOST]]))
 
 
+def _off_middle(found: SiteCounts, log: Array, error: Array, chosen: NDArray[np.int64]) -> Array:
+    """Distance of sites from the middle of the disks, over what is usual."""
+    seen = np.isfinite(log) & (error < 1)
+    if seen.sum() < 3:
+        return np.zeros(len(chosen))
+    # strong ones don't decide alone
+    weight = np.exp(0.5 * (log[seen] - log[seen].max()))
+    middle = weight @ found.places[seen] / weight.sum()
+    spread = math.sqrt(float(weight @ ((found.places[seen] - middle) ** 2).sum(axis=1) / weight.sum()))
+    return np.asarray(np.hypot(*(found.places[chosen] - middle).T) / (_AMONG * max(spread, 1e-9)))
+
+
 # ---- symmetry
 
 
@@ -242,7 +262,7 @@ def _symmetry(
     if pooled.size < 8:
         return np.zeros(len(chosen)), count
     usual = max(1.48 * float(np.median(pooled)), _ALIKE)
-    best = np.zeros(len(chosen))
+    best: Array = np.zeros(len(chosen))
     for scale in np.geomspace(_ALIKE, usual, 8):
         worth = np.array([
             _CORRELATED * _ratio(off, pairs[2], scale, usual).sum() - 0.5 * (tilt / _TILT) ** 2
@@ -258,7 +278,7 @@ def _tilted(g: Array, d: Array, error: Array) -> tuple[Array, float]:
     if len(d) < 3:
         return d, 0.0
     weight, solved = 1 / (_ALIKE**2 + error**2), np.zeros(2)
-    robust = np.ones(len(d))
+    robust: Array = np.ones(len(d))
     # the prior that there is none keeps it from following what it can't tell
     radius = float(np.sqrt((g**2).sum(axis=1).mean()))
     for _ in range(8):
@@ -292,10 +312,12 @@ def _brightness(found: SiteCounts, log: Array, state: list[str], chosen: NDArray
     own = excess[sure if sure.sum() >= 5 else known]
     middle = float(np.median(own)) if own.size else 0.0
     spread = max(1.48 * float(np.median(np.abs(own - middle))), 0.1) if own.size >= 3 else 1.0
-    worth = np.zeros(len(chosen))
+    worth: Array = np.zeros(len(chosen))
+    # of many hidden ones (a gap of the detector) each may be it
+    hidden = sum(state[at] == "masked" for at in chosen.tolist())
     for n, at in enumerate(chosen.tolist()):
         if state[at] != "disk":
-            worth[n] = _HIDDEN[state[at]]
+            worth[n] = _HIDDEN[state[at]] - (math.log(hidden) if state[at] == "masked" else 0.0)
         elif known[at]:
             # of neighbours on one side only the slope isn't known
             wide = 0.0 if exact[at] else 1.0

@@ -91,7 +91,8 @@ def sites(
     found = measure_sites(lattice, shape, probe, mean, good, frames)
     basis = np.array([lattice.a, lattice.b])
     keep = np.isfinite(found.intensity)
-    hk, intensity, sigma, covered = (v[keep] for v in (found.hk, found.intensity, found.sigma, found.covered))
+    hk, covered = found.hk[keep], found.covered[keep]
+    intensity, sigma = found.intensity[keep], found.sigma[keep]
     top = float(intensity.max(initial=0.0))
     there = (intensity > SIGMAS * sigma) | ((intensity > SEEN * top) & (intensity > 3 * sigma))
     there |= ~hk.any(axis=1)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from gpuem.analyses import Sample
 from gpuem.analyses.lattice_finding import FRAMES, OTHER, FoundLattice, find_lattice, search
-from gpuem.analyses.lattice_origin import SURE, Origin
+from gpuem.analyses.lattice_origin import ODDS, Origin
 from gpuem.analyses.lattice_voting import SAME, TOLERANCE
 from gpuem.analyses.probe_finding import FoundProbe
 from gpuem.analyses.reference_lattice import check_reference
@@ -40,8 +40,6 @@ CLOSEST = 0.7
 OFF = 0.25
 # and is told to be off beyond this, in px or in radii
 NOT_ON = 2.0, 0.5
-# one with less confidence than this is warned of where another is sure
-DOUBTED = 0.05
 
 
 def given_lattices(
@@ -198,7 +196,7 @@ def given_centre(
         raise RecipeError(f"{where}: no disk is there. Give the centre of a disk, or leave center out: {shown}")
     if least > max(NOT_ON[0], NOT_ON[1] * radius) + wander / 2:
         log.warning("%s; %s", where, shown)
-    elif own is not best and own.confidence < DOUBTED and best.confidence >= SURE:
+    elif own is not best and best.confidence >= ODDS * own.confidence:
         log.warning(
             "%s: center = (%.4g, %.4g) px is taken as given (confidence %.2g), but %s. Strain hardly depends on it",
             asked.name, y, x, own.confidence, shown,

@@ -15,7 +15,7 @@ from gpuem.analyses import Sample, View
 from gpuem.analyses.deformation import axes_matrix, ellipse_matrix
 from gpuem.analyses.lattice_finding import FoundLattice, find_lattice
 from gpuem.analyses.lattice_model import Model
-from gpuem.analyses.lattice_origin import SURE, Origin, rank_origins
+from gpuem.analyses.lattice_origin import Origin, rank_origins
 from gpuem.analyses.lattice_sites import Sites, centre_plane, describe, measure_sites, sites
 from gpuem.analyses.learning import FRAMES, frames_of, learn, noise_of, untaught
 from gpuem.analyses.positions import registration_of
@@ -157,7 +157,7 @@ def _placed(
         origin = given_centre(asked, ranked, lattice, _wander(plane[1:].T, scan), probe.radius)
         return [_about(one, asked.center) for one in used], moved, origin
     origin = ranked[0]
-    if origin.confidence < SURE:
+    if not origin.sure:
         log.warning(
             "%s: which disk is the direct beam isn't sure: (%.1f, %.1f) px, %s. Strain hardly depends on it; center= "
             "says which", asked.name, *origin.place, origin.describe(),
