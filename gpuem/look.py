@@ -80,7 +80,7 @@ def sample(ds: Dataset, wanted: NDArray[np.bool_]) -> Sample:
     if not done:
         why = "; ".join(list(reasons)[:3]) or "no frame of the file lies inside the wanted part of the scan"
         raise DataError(f"no frame could be read to look at beforehand, {tried} were tried: {why}")
-    return Sample(frames[:done], positions[:done])
+    return Sample(frames[:done], positions[:done], wanted)
 
 
 def promised(ds: Dataset, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:

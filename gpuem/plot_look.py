@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # of the lattice that is fitted, the second candidate, and further grains
 _FITTED, _SECOND = ("deepskyblue", "lime"), "orange"
+# of the direct beam; that of its second choice is that of a second choice
+_BEAM = "red"
 _GRAINS = ("violet", "yellow", "tomato", "turquoise")
 _MOST_GRAINS = len(_GRAINS)
 
@@ -56,7 +58,9 @@ def figure_of_look(found: StrainFit) -> Figure:
     if picture.second is not None:
         lattices.append(Lattice(*picture.second))
     disk = Disk(parts[0][0].center, float(model.probe.radius), float(model.probe.width))
-    return look_figure(picture.mean, disk, lattices, parts[0][1], grains=parts[1:], title=found.name)
+    return look_figure(
+        picture.mean, disk, lattices, parts[0][1], grains=parts[1:], runner=picture.runner, title=found.name
+    )
 
 
 def look_figure(
@@ -66,6 +70,7 @@ def look_figure(
     sites: NDArray[Any],
     *,
     grains: Sequence[tuple[Lattice, NDArray[Any]]] = (),
+    runner: tuple[float, float, float] | None = None,
     title: str = "",
 ) -> Figure:
     """Mean pattern with what will be fitted, profile of the probe, and the numbers.
@@ -82,11 +87,13 @@ def look_figure(
         Centres (y, x) in px of the disks that are fitted.
     grains : sequence of (Lattice, (n, 2) array)
         Further lattices that are fitted, each with its sites.
+    runner : tuple of float
+        Second choice of the direct beam: y, x in px, confidence.
     title : str
         Said above the picture.
     """
     height, width = mean.shape
-    told = _told(disk, lattices, len(sites), grains)
+    told = _told(disk, lattices, len(sites), grains, runner)
     # the text needs room below the profile
     tall = max(min(6.5 * height / width, 9.0), 3.0 + 0.17 * told.count("\n"))
     figure = empty_figure(11.0, tall + 0.8)
@@ -101,6 +108,10 @@ def look_figure(
         _circles(pattern, own, disk.radius, color)
         _arrows(pattern, lattice, (color, color), "-")
     _circles(pattern, sites, disk.radius, "white")
+    for place, color in ((disk.center, _BEAM), (runner, _SECOND)):
+        if place is not None:
+            pattern.plot(place[1], place[0], "+", color=color, markersize=12, markeredgewidth=1.6, scalex=False,
+                         scaley=False, clip_on=True)  # fmt: skip
     for lattice in lattices[1:2]:
         _arrows(pattern, lattice, (_SECOND, _SECOND), "--")
     for lattice in lattices[:1]:
@@ -221,9 +232,16 @@ def radial_profile(mean: Array, center: Vector, reach: float) -> tuple[Array, Ar
     )
 
 
-def _told(disk: Disk, lattices: Sequence[Lattice], sites: int, grains: Sequence[tuple[Lattice, NDArray[Any]]]) -> str:
+def _told(
+    disk: Disk, lattices: Sequence[Lattice], sites: int, grains: Sequence[tuple[Lattice, NDArray[Any]]],
+    runner: tuple[float, float, float] | None = None,
+) -> str:  # fmt: skip
     """The numbers, as they could be given in a recipe."""
     lines = [f"disk    radius {disk.radius:.2f} px, edge {disk.edge:.2f} px"]
+    if runner is not None:
+        lines.append(
+            f"direct beam: red cross; else, orange:\n        ({runner[0]:.2f}, {runner[1]:.2f}) px, {runner[2]:.2g}"
+        )
     for k, lattice in enumerate(lattices[:2]):
         name = "fitted: blue a, green b" if k == 0 else "second candidate: orange, dashed; not fitted"
         lines += ["", name, *_numbers(lattice)]

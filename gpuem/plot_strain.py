@@ -201,6 +201,9 @@ def _about(maps: Maps, name: str) -> str:
         parts.append("outlined: the reference region")
     elif isinstance(_attribute(maps, name, "reference"), str):
         parts.append(f"reference: {_attribute(maps, name, 'reference')}")
+    angle = float(_attribute(maps, name, "axes_deg", 0.0))
+    if angle:
+        parts.append(f"x at {angle:.1f} deg from columns to rows")
     return "   |   ".join(parts)
 
 

@@ -147,7 +147,9 @@ def test_disks_cut_by_the_edge_are_told():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"reference": (10, 12, 0, 4)}, ("(10, 12, 0, 4) holds none of the 64", "4 x 16", '"median"')),
+        ({"reference": (10, 12, 0, 4)}, ("(10, 12, 0, 4)", "must lie inside the scan of 4 x 16")),
+        ({"reference": (2, 5, 0, 4)}, ("(2, 5, 0, 4)", "must lie inside the scan of 4 x 16")),
+        ({"reference": (2, 4, 0, 4), "roi": (0, 2, 0, 16)}, ("none of its 8", "region of interest", "4 x 16")),
         ({"reference": (2, 2, 0, 4)}, ("holds none of the 64",)),
         ({"reference": (0, 2)}, ("4 numbers", "4 x 16")),
         ({"reference": (-2, 2, 0, 4)}, ("count from 0",)),
@@ -207,13 +209,9 @@ def test_a_reference_region_without_a_lattice_costs_no_run(caplog):
 
 def test_lattices_that_are_not_that_of_the_data(caplog):
     frames = planted()[1]
-    told(frames, gpuem.DataError, "1 of 1 reflections", **{**GIVEN, "a": (0.0, 400.0), "b": (500.0, 0.0)})
-    try:
-        run(frames, a=(0.0, 13.0), b=(14.0, 3.0))
-    except gpuem.DataError as error:
-        assert "fits none" in str(error)  # noqa: PT017
-    else:
-        assert "is it the right lattice" in caplog.text
+    for a, b in (((0.0, 400.0), (500.0, 0.0)), ((0.0, 13.0), (14.0, 3.0)), ((0.0, 11.5), (11.5, 0.0))):
+        told(frames, gpuem.RecipeError, "explains", "the data show", "|a| 17 px", a=a, b=b)
+    assert not caplog.text
 
 
 def test_vectors_that_are_a_little_off_do_no_harm():

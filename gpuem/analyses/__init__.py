@@ -77,10 +77,13 @@ class Sample:
         Corrected frames in their native type; at least one, none with NaN.
     positions : (n,) int64
         Their flat scan positions, each once.
+    wanted : (positions,) bool or None
+        The scan positions that are read, where that is known.
     """
 
     frames: NDArray[Any]
     positions: NDArray[np.int64]
+    wanted: NDArray[np.bool_] | None = None
 
 
 class Analysis(Protocol):

@@ -325,8 +325,10 @@ def _told(
     steps = np.rint(wanted @ np.linalg.inv(middle))
     bases = steps @ thetas[:, 1:]
     off = np.einsum("fi,fij->fj", start - thetas[:, 0], np.linalg.inv(bases))
+    # the start may lie anywhere: the site nearest to it in most frames, lest they go to different ones
+    phase = np.angle(np.exp(2j * np.pi * off).mean(axis=0)) / (2 * np.pi)
     # all by the same step unless the frame started on another site
-    centers = thetas[:, 0] + np.einsum("fi,fij->fj", np.rint(off), bases)
+    centers = thetas[:, 0] + np.einsum("fi,fij->fj", np.rint(off - phase), bases)
     center, (a, b) = np.median(centers, axis=0), np.median(bases, axis=0)
     return FoundLattice(
         (float(center[0]), float(center[1])), (float(a[0]), float(a[1])), (float(b[0]), float(b[1])),

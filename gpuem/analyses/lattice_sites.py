@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuem.analyses.lattice_finding import COVERED, FoundLattice, coverage
+from gpuem.analyses.lattice_origin import SiteCounts
 from gpuem.analyses.probe_finding import FoundProbe, plausible
 from gpuem.errors import DataError
 
@@ -87,6 +88,34 @@ def sites(
     DataError
         Fewer than three reflections, or all in one line.
     """
+    found = measure_sites(lattice, shape, probe, mean, good, frames)
+    basis = np.array([lattice.a, lattice.b])
+    keep = np.isfinite(found.intensity)
+    hk, covered = found.hk[keep], found.covered[keep]
+    intensity, sigma = found.intensity[keep], found.sigma[keep]
+    top = float(intensity.max(initial=0.0))
+    there = (intensity > SIGMAS * sigma) | ((intensity > SEEN * top) & (intensity > 3 * sigma))
+    there |= ~hk.any(axis=1)
+    order = np.flatnonzero(there)
+    order = order[np.argsort(np.hypot(*(hk[order] @ basis).T), kind="stable")]
+    if len(order) < 3 or np.linalg.matrix_rank(hk[order]) < 2:
+        (ay, ax), (by, bx), (y, x) = lattice.a, lattice.b, lattice.center
+        raise DataError(
+            f"lattice: {len(order)} of {len(hk)} reflections on the detector rise above the background, of the lattice "
+            f"a = ({ay:.4g}, {ax:.4g}), b = ({by:.4g}, {bx:.4g}) px (y, x) around ({y:.4g}, {x:.4g}); three that "
+            "aren't in one line are needed. Are center, a, b and radius right where they were given? Else choose a "
+            "region that is crystal, or more frames"
+        )
+    a, b = basis
+    spacing = min(math.hypot(*v) for v in (a, b, a - b, a + b))
+    return Sites(hk[order], intensity[order], sigma[order], covered[order], max(0.0, 2 - spacing / probe.radius))
+
+
+def measure_sites(
+    lattice: FoundLattice, shape: tuple[int, int], probe: FoundProbe, mean: NDArray[Any], good: Mask,
+    frames: NDArray[Any],
+) -> SiteCounts:  # fmt: skip
+    """How bright all sites of a lattice on the detector are, in the frames that have it; parameters as of `sites`."""
     if mean.shape != shape or good.shape != shape or frames.shape[1:] != shape:
         raise ValueError(f"detector {shape}, mean {mean.shape}, mask {good.shape}, frames {frames.shape[1:]}")
     basis, center = np.array([lattice.a, lattice.b]), np.array(lattice.center)
@@ -94,33 +123,22 @@ def sites(
     places = center + hk @ basis
     usable = plausible(np.where(good, mean, 0).astype(np.float64), good)
     covered = coverage(usable, probe, places)
-    keep = covered >= COVERED
-    hk, places, covered = hk[keep], places[keep], covered[keep]
+    seen = np.flatnonzero(covered >= COVERED)
     own = lattice.frames if lattice.frames.size else np.arange(len(frames))
     own = own[np.unique(np.linspace(0, own.size - 1, min(own.size, FRAMES)).astype(np.int64))]
     chosen = np.asarray(frames[own]).reshape(own.size, -1)
-    weights = [_weights(i, places, probe, usable) for i in range(len(hk))]
-    values = (
-        np.stack([chosen[:, at].astype(np.float64) @ w for at, w in weights], axis=1) if len(hk) else np.empty((1, 0))
-    )
-    counted = np.array([float(np.abs(chosen[:, at].mean(axis=0)) @ w**2) for at, w in weights])
-    intensity = values.mean(axis=0)
-    # few frames tell little of the scatter: then counting is what is known
-    scatter = values.std(axis=0, ddof=1) if own.size >= 8 else np.sqrt(counted)
-    sigma = scatter / math.sqrt(own.size)
-    top = float(intensity.max(initial=0.0))
-    there = (intensity > SIGMAS * sigma) | ((intensity > SEEN * top) & (intensity > 3 * sigma))
-    there |= ~hk.any(axis=1)
-    order = np.flatnonzero(there)
-    order = order[np.argsort(np.hypot(*(hk[order] @ basis).T), kind="stable")]
-    if len(order) < 3 or np.linalg.matrix_rank(hk[order]) < 2:
-        raise DataError(
-            f"lattice: {len(order)} of {len(hk)} reflections on the detector rise above the background; three that "
-            "aren't in one line are needed; choose a region that is crystal, or more frames"
-        )
-    a, b = basis
-    spacing = min(math.hypot(*v) for v in (a, b, a - b, a + b))
-    return Sites(hk[order], intensity[order], sigma[order], covered[order], max(0.0, 2 - spacing / probe.radius))
+    intensity, sigma, level = np.full((3, len(hk)), np.nan)
+    for n, (at, w) in zip(seen.tolist(), (_weights(n, places[seen], probe, usable) for n in range(seen.size)),
+                          strict=True):  # fmt: skip
+        pixels = chosen[:, at].astype(np.float64)
+        values = pixels @ w
+        intensity[n] = values.mean()
+        # few frames tell little of the scatter: then counting is what is known
+        scatter = values.std(ddof=1) if own.size >= 8 else math.sqrt(float(np.abs(pixels.mean(axis=0)) @ w**2))
+        sigma[n] = scatter / math.sqrt(own.size)
+        level[n] = (pixels @ np.maximum(w, 0)).mean()
+    everything = coverage(np.ones_like(usable), probe, places)
+    return SiteCounts(hk, places, intensity, sigma, level, covered, (covered < COVERED) & (everything >= COVERED))
 
 
 def _all(basis: Array, center: Array, shape: tuple[int, int]) -> NDArray[np.int64]:

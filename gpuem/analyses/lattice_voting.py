@@ -155,7 +155,7 @@ def _voted(votes: Array, step: float, half: int, least: float) -> list[Array]:
         y, x = divmod(int(left.argmax()), left.shape[1])
         if left[y, x] <= 0.02 * votes.max():
             break
-        box = np.s_[max(y - 2, 0) : y + 3, max(x - 2, 0) : x + 3]
+        box = np.s_[max(y - 2, 0) : min(y + 3, left.shape[0]), max(x - 2, 0) : min(x + 3, left.shape[1])]
         ys, xs = np.mgrid[box]
         total = votes[box].sum()
         vectors.append(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, InstanceOf, model_validator
+from pydantic import BeforeValidator, Field, InstanceOf, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from gpuem.analyses import Sample, View
@@ -15,6 +15,11 @@ from gpuem.analyses.model import Model, Name
 from gpuem.analyses.strain_maps import StrainFit
 
 Pair = tuple[float, float]
+Place = Annotated[
+    Pair | None,
+    # what is found without being asked for, said as for the other analyses
+    BeforeValidator(lambda v: None if isinstance(v, str) and v == "auto" else v, Pair | Literal["auto"] | None),
+]
 Region = tuple[int, int] | tuple[int, int, int, int]
 Image = Path | SkipJsonSchema[InstanceOf[np.ndarray[Any, Any]]]
 
@@ -39,7 +44,14 @@ class Strain(Model):
     name : str
         Name of the maps: ``name/exx`` and so on.
     center, a, b : tuple of float
-        Direct beam and lattice vectors (y, x) in px; found in the data by default. A centre alone is kept.
+        Direct beam and lattice vectors (y, x) in px; found in the data by default (``center = "auto"`` says so too).
+        A centre alone is kept. What is given is compared with what the sample shows: any basis of the lattice in the
+        data is taken, and any whose sites are a part of its disks or the other way round; another lattice is refused
+        where it explains less than half of the disks' brightness that the found one does (in the tenth of the sampled
+        frames where it does best), and warned of below 80 %. A centre farther than a quarter of the shortest vector
+        from every disk is refused, one on another disk than the data's direct beam is warned of. The attributes
+        ``center_px``, ``center_confidence``, ``center_second_px`` and ``center_second_confidence`` of the maps tell
+        which disk was taken, how sure that is (strain hardly depends on it), and the next likely one.
     lattices : tuple of pairs of vectors
         Further lattices ((a_y, a_x), (b_y, b_x)): grains. The one that explains most is taken, see ``grain``.
     radius, edge : float
@@ -60,6 +72,9 @@ class Strain(Model):
     reference : "median", region, path, array, or pair of vectors
         The unstrained lattice: median over the scan; over a region ``(y0, y1, x0, x1)`` with ends excluded or a
         boolean mask of scan shape (.npy); that of another result (.zarr); or vectors ((a_y, a_x), (b_y, b_x)).
+    reference_frame : {"undistorted", "detector"}
+        Frame of vectors that are given as `reference` where there is a `distortion`: what an undistorted camera would
+        show (such as the crystal's known lattice), or what this one shows. Those of another result are the detector's.
     measure : str
         "stretch" (right stretch - 1), "left", "infinitesimal", "hencky" (logarithm), "green-lagrange"; "py4dstem" and
         "pyxem": their formulas.
@@ -81,7 +96,7 @@ class Strain(Model):
 
     kind: Literal["strain"] = "strain"
     name: Name = "strain"
-    center: Pair | None = None
+    center: Place = None
     a: Pair | None = None
     b: Pair | None = None
     lattices: tuple[tuple[Pair, Pair], ...] = ()
@@ -93,6 +108,7 @@ class Strain(Model):
     registration: Literal["lattice", "guided", "correlation", "blobfinder"] = "lattice"
     power: float = Field(default=1.0, ge=0, le=1)
     reference: Literal["median"] | Region | tuple[Pair, Pair] | Image = "median"
+    reference_frame: Literal["undistorted", "detector"] = "undistorted"
     measure: Measure = "stretch"
     axes: float | tuple[int, int] = 0.0
     distortion: Pair = (1.0, 0.0)

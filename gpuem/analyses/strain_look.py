@@ -15,18 +15,20 @@ from gpuem.analyses import Sample, View
 from gpuem.analyses.deformation import axes_matrix, ellipse_matrix
 from gpuem.analyses.lattice_finding import FoundLattice, find_lattice
 from gpuem.analyses.lattice_model import Model
-from gpuem.analyses.lattice_sites import Sites, centre_plane, describe, sites
+from gpuem.analyses.lattice_origin import Origin, rank_origins
+from gpuem.analyses.lattice_sites import Sites, centre_plane, describe, measure_sites, sites
 from gpuem.analyses.learning import FRAMES, frames_of, learn, noise_of, untaught
 from gpuem.analyses.positions import registration_of
 from gpuem.analyses.probe import Probe
 from gpuem.analyses.probe_finding import FoundProbe
-from gpuem.analyses.reference_lattice import check_reference, crystal_angle
+from gpuem.analyses.reference_lattice import crystal_angle
+from gpuem.analyses.strain_given import given_centre, given_lattices
 from gpuem.analyses.strain_maps import Picture, StrainFit
 from gpuem.analyses.strain_pixels import good_pixels, read_noise, saturation_of, without_defects
 from gpuem.analyses.strain_probe import measured, probe_of
 from gpuem.analyses.strain_reference import described_alike, reference_of
 from gpuem.backends import cpu_lattice
-from gpuem.errors import DataError, RecipeError
+from gpuem.errors import DataError
 
 if TYPE_CHECKING:
     from gpuem.analyses.strain import Strain
@@ -40,8 +42,6 @@ UNUSUAL, LEAST_CHI2 = 4.0, 4.0
 STRANGE = 8.0
 # a lattice that explains less than this part of what the best one does is chance among noise
 CHANCE = 0.8
-# disks nearer to each other than so many radii can't be told apart
-CLOSEST = 0.7
 # a lattice that was given and has less than this part of its disks may be a wrong one
 FEW_FOUND = 0.6
 # part of the rims of disks that must be free of neighbours
@@ -53,7 +53,7 @@ ENOUGH = 8
 def look(asked: Strain, view: View, sample: Sample) -> StrainFit:
     """Find in the sample what wasn't given."""
     good = good_pixels(asked, view.frame_shape)
-    region, reference = reference_of(asked, view.scan_shape)
+    region, reference = reference_of(asked, view.scan_shape, sample.wanted)
     # wide enough for sums of any pixels
     mean = sample.frames.mean(axis=0, dtype=np.float64)
     good = without_defects(asked, mean, good, len(sample.frames))
@@ -61,19 +61,22 @@ def look(asked: Strain, view: View, sample: Sample) -> StrainFit:
     lattices = _lattices(asked, sample, probe, good)
     used = _grains(asked, lattices)
     plane = _plane(asked, used[0], sample, view.scan_shape)
+    used, plane, origin = _placed(asked, used, probe, (mean, good), sample, (plane, view.scan_shape))
     parts = [_sites(asked, lattice, probe, (mean, good), sample, (plane, view.scan_shape)) for lattice in used]
     model = _model(asked, view, sample, good, picture, used, parts, plane)
     if reference is not None and len(used) == 1:
         reference = described_alike(reference, model.lattices[0, 2:].reshape(2, 2))
     _rims_alone(asked, model)
     model, usual = _taught(asked, model, _of_crystal(sample, used), view.scan_shape)
-    lines = _lines(asked, _refined(probe, model), lattices, used, parts, _wander(model, view.scan_shape))
+    found = _refined(asked, probe, model, origin)
+    lines = _lines(asked, found, lattices, used, parts, _wander(model.drift, view.scan_shape))
     second = next((lattice for lattice in lattices if lattice.kind == "second"), None)
     shown = Picture(
         mean,
         tuple(lines),
         (second.center, second.a, second.b, second.score) if second else None,
         tuple(lattice.score for lattice in used),
+        origin.runner,
     )
     limit = asked.max_chi2
     if limit is None:
@@ -93,11 +96,10 @@ def look(asked: Strain, view: View, sample: Sample) -> StrainFit:
         "probe_edge_px": float(model.probe.width),
         "disks_fitted": len(model.sites),
         "max_chi2": float(limit) if np.isfinite(limit) else None,
-        "axes_deg": float(np.degrees(np.arctan2(-model.axes[1, 0], model.axes[0, 0]))),
+        "axes_deg": _angle(asked, model.lattices[0, 2:].reshape(2, 2)),
+        **_of_origin(asked, origin),
         "found": lines,
     }
-    if isinstance(asked.reference, tuple) and region is not None:
-        facts["reference_region"] = [*asked.reference]
     fit = registration_of(asked.registration, model, asked.power, view.scan_shape)
     return StrainFit(asked, model, fit, float(limit), region, reference, shown, facts)
 
@@ -109,21 +111,7 @@ def _lattices(asked: Strain, sample: Sample, probe: FoundProbe, good: NDArray[np
     """Lattices to fit, and the second choice."""
     if asked.a is None or asked.b is None:
         return find_lattice(sample.frames, probe, good, center=asked.center)
-    count = len(sample.frames)
-    found = []
-    for a, b in ((asked.a, asked.b), *asked.lattices):
-        basis = check_reference(np.array([a, b], np.float64), f"{asked.name}: lattice")
-        nearest = min(np.hypot(*v) for v in (*basis, basis[0] + basis[1], basis[0] - basis[1]))
-        if nearest < max(CLOSEST * probe.radius, 2.0):
-            raise RecipeError(
-                f"{asked.name}: a = {a}, b = {b} px (y, x): disks {nearest:.3g} px apart with a radius of "
-                f"{probe.radius:.3g} px can't be told apart; are a, b and radius in px of the frames as they are read?"
-            )
-        # where it is in which frames nobody knows
-        every, centers = np.arange(count), np.tile(probe.center, (count, 1))
-        bases = np.tile(basis, (count, 1, 1))
-        found.append(FoundLattice(probe.center, a, b, 1.0, 1.0, every, centers, bases, count, "grain"))
-    return found
+    return given_lattices(asked, ((asked.a, asked.b), *asked.lattices), sample, probe, good)
 
 
 def _grains(asked: Strain, lattices: Sequence[FoundLattice]) -> list[FoundLattice]:
@@ -143,7 +131,7 @@ def _grains(asked: Strain, lattices: Sequence[FoundLattice]) -> list[FoundLattic
 def _plane(asked: Strain, lattice: FoundLattice, sample: Sample, scan: tuple[int, ...]) -> NDArray[np.float64]:
     """How the centre of a found lattice wanders over the scan, as `centre_plane` tells it."""
     still = np.array([asked.center or lattice.center, (0.0, 0.0), (0.0, 0.0)])
-    if asked.a is not None or not scan or lattice.frames.size < ENOUGH:
+    if not scan or lattice.frames.size < ENOUGH:
         return still
     return _moving(centre_plane(sample.positions[lattice.frames], scan, lattice.centers), scan, still)
 
@@ -154,14 +142,44 @@ def _moving(plane: NDArray[np.float64], scan: tuple[int, ...], still: NDArray[np
     return plane if np.isfinite(plane).all() and moves > STEADY else still
 
 
-def _sites(
-    asked: Strain, lattice: FoundLattice, probe: FoundProbe, pixels: tuple[NDArray[np.float64], NDArray[np.bool_]],
+def _placed(
+    asked: Strain, used: list[FoundLattice], probe: FoundProbe, pixels: tuple[NDArray[np.float64], NDArray[np.bool_]],
     sample: Sample, wander: tuple[NDArray[np.float64], tuple[int, ...]],
-) -> Sites:  # fmt: skip
-    """Reflections that are there, in frames moved so that the direct beam stays."""
-    (mean, good), (plane, scan) = pixels, wander
-    frames, here = sample.frames, lattice
-    center = asked.center or lattice.center
+) -> tuple[list[FoundLattice], NDArray[np.float64], Origin]:  # fmt: skip
+    """The lattices, and the plane of their centre, about the site that is the direct beam."""
+    (mean, good), (plane, scan), lattice = pixels, wander, used[0]
+    here, mean, frames = _still(lattice, lattice.center, mean, sample, plane, scan)
+    found = measure_sites(here, good.shape, probe, mean, good, frames)
+    others = [(np.array(one.center), np.array([one.a, one.b])) for one in used[1:]]
+    ranked = rank_origins(found, good.shape, others)
+    moved = plane.copy()
+    if asked.center is not None:
+        origin = given_centre(asked, ranked, lattice, _wander(plane[1:].T, scan), probe.radius)
+        return [_about(one, asked.center) for one in used], moved, origin
+    origin = ranked[0]
+    if not origin.sure:
+        log.warning(
+            "%s: which disk is the direct beam isn't sure: (%.1f, %.1f) px, %s. Strain hardly depends on it; center= "
+            "says which", asked.name, *origin.place, origin.describe(),
+        )  # fmt: skip
+    moved[0] += np.array(origin.place) - lattice.center
+    return [_about(one, origin.place) for one in used], moved, origin
+
+
+def _about(lattice: FoundLattice, place: tuple[float, float]) -> FoundLattice:
+    """A lattice about that of its sites which is nearest to a place."""
+    off = np.array(place) - lattice.center
+    steps = np.rint(off @ np.linalg.inv(np.array([lattice.a, lattice.b])))
+    y, x = (lattice.center + steps @ np.array([lattice.a, lattice.b])).tolist()
+    return replace(lattice, center=(y, x), centers=lattice.centers + steps @ lattice.bases)
+
+
+def _still(
+    lattice: FoundLattice, center: tuple[float, float], mean: NDArray[np.float64], sample: Sample,
+    plane: NDArray[np.float64], scan: tuple[int, ...],
+) -> tuple[FoundLattice, NDArray[np.float64], NDArray[Any]]:  # fmt: skip
+    """The lattice's frames and their mean, moved so that its centre stays where the beam wanders."""
+    frames = sample.frames
     if np.abs(plane[1:]).any():
         # those that show the lattice are few
         rows = np.column_stack(np.divmod(sample.positions[lattice.frames], scan[-1]))
@@ -170,7 +188,17 @@ def _sites(
             [_shifted(sample.frames[f], *s) for f, s in zip(lattice.frames, shifts.tolist(), strict=True)]
         )
         mean = frames.mean(axis=0, dtype=np.float64)
-        here = replace(lattice, frames=np.arange(len(frames)))
+        lattice = replace(lattice, frames=np.arange(len(frames)))
+    return lattice, mean, frames
+
+
+def _sites(
+    asked: Strain, lattice: FoundLattice, probe: FoundProbe, pixels: tuple[NDArray[np.float64], NDArray[np.bool_]],
+    sample: Sample, wander: tuple[NDArray[np.float64], tuple[int, ...]],
+) -> Sites:  # fmt: skip
+    """Reflections that are there, in frames moved so that the direct beam stays."""
+    good, center = pixels[1], asked.center or lattice.center
+    here, mean, frames = _still(lattice, center, pixels[0], sample, *wander)
     found = sites(replace(here, center=center), good.shape, probe, mean, good, frames)
     rank = np.linalg.matrix_rank(np.column_stack([np.ones(len(found.hk)), found.hk]))
     if len(found.hk) < asked.min_disks or rank < 3:
@@ -236,9 +264,14 @@ def _rims_alone(asked: Strain, model: Model) -> None:
 
 def _axes(asked: Strain, lattice: NDArray[np.float64]) -> NDArray[np.float64]:
     """From detector (x, y) to the axes of the strain: distortion undone, then turned."""
-    undone = ellipse_matrix(*asked.distortion)
-    angle = crystal_angle(lattice, asked.axes, undone) if isinstance(asked.axes, tuple) else asked.axes
-    return np.asarray(axes_matrix(angle) @ undone)
+    return np.asarray(axes_matrix(_angle(asked, lattice)) @ ellipse_matrix(*asked.distortion))
+
+
+def _angle(asked: Strain, lattice: NDArray[np.float64]) -> float:
+    """Angle of the strain's x axis, in degrees from the detector's x towards y, distortion undone."""
+    if isinstance(asked.axes, tuple):
+        return crystal_angle(lattice, asked.axes, ellipse_matrix(*asked.distortion))
+    return float(asked.axes)
 
 
 def _of_crystal(sample: Sample, used: Sequence[FoundLattice]) -> Sample:
@@ -291,15 +324,32 @@ def _taught(asked: Strain, model: Model, sample: Sample, scan: tuple[int, ...]) 
 # ---- in words
 
 
-def _refined(found: FoundProbe, model: Model) -> FoundProbe:
-    """The probe in words, with the radius that was learned."""
+def _refined(asked: Strain, found: FoundProbe, model: Model, origin: Origin) -> FoundProbe:
+    """The probe in words, with the radius that was learned and the place that was chosen."""
+    # what was told of a place among disks whose lattice wasn't known
+    notes = [note.partition("; ")[2] if note.startswith("direct beam hidden") else note for note in found.notes]
+    chosen = "as given" if asked.center is not None else ""
     center = tuple(model.lattices[0, :2].tolist())
-    return replace(found, radius=float(model.probe.radius), edge=float(model.probe.width), center=center)
+    told = tuple(note for note in (*notes, chosen, origin.doubt(), origin.describe()) if note)
+    return replace(found, radius=float(model.probe.radius), edge=float(model.probe.width), center=center, notes=told)
 
 
-def _wander(model: Model, scan: tuple[int, ...]) -> float:
+def _of_origin(asked: Strain, origin: Origin) -> dict[str, Any]:
+    """The choice of the direct beam, for the result's attributes."""
+    facts: dict[str, Any] = {
+        "center_from": "sample" if asked.center is None else "given",
+        "center_px": [*(asked.center or origin.place)],
+        "center_confidence": origin.confidence,
+        "center_seen": origin.state,
+    }
+    if origin.runner is not None:
+        facts |= {"center_second_px": [*origin.runner[:2]], "center_second_confidence": origin.runner[2]}
+    return facts
+
+
+def _wander(drift: NDArray[np.float64], scan: tuple[int, ...]) -> float:
     """How far the centre moves over the scan, in px."""
-    return float(np.hypot(*(model.drift @ [math.prod(scan[:-1]) - 1, scan[-1] - 1]))) if scan else 0.0
+    return float(np.hypot(*(drift @ [math.prod(scan[:-1]) - 1, scan[-1] - 1]))) if scan else 0.0
 
 
 def _lines(
@@ -310,9 +360,9 @@ def _lines(
     second = [lattice for lattice in lattices if lattice.kind == "second"]
     lines = describe(probe, [*used, *second], parts[0])
     if asked.a is not None:
-        # nobody looked how much of the data it explains
-        told = [line.partition(", explains")[0] + ", as given" for line in lines[1:]]
-        lines = [lines[0], f"{told[0]}, {parts[0].describe()}", *told[1:]]
+        count = len(used)
+        told = [line.partition(", explains")[0] + ", as given" for line in lines[1 : 1 + count]]
+        lines = [lines[0], f"{told[0]}, {parts[0].describe()}", *told[1:], *lines[1 + count :]]
     if wander > STEADY:
         lines.append(f"the beam wanders by {wander:.1f} px over the scan, which is followed")
     return lines

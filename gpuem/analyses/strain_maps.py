@@ -49,12 +49,15 @@ class Picture:
         Second choice of a lattice: center, a, b, score.
     scores : tuple of float
         Score of every lattice.
+    runner : tuple or None
+        Second choice of the direct beam: y, x in px, confidence.
     """
 
     mean: NDArray[np.float64]
     lines: tuple[str, ...]
     second: tuple[Any, ...] | None = None
     scores: tuple[float, ...] = ()
+    runner: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +119,8 @@ class StrainFit:
             reference, how = self._reference(rows, mine)
             suffix = f"_{grain}" if several else ""
             facts[f"reference{suffix}"] = how
+            if how == "region" and isinstance(self.asked.reference, tuple):
+                facts["reference_region"] = [*self.asked.reference]
             facts[f"reference_a{suffix}"], facts[f"reference_b{suffix}"] = reference[0].tolist(), reference[1].tolist()
             _fill(rows, mine, reference, self.model.axes, self.asked.measure, out)
         known &= np.isfinite(out).all(axis=1)
@@ -169,7 +174,7 @@ class StrainFit:
         facts = {**facts, "measure": self.asked.measure, "positions_valid": int(known.sum())}
         measure = MEASURES[self.asked.measure]
         maps: dict[str, Map] = {}
-        for k, (name, text) in enumerate(_TEXT.items()):
+        for k, (name, text) in enumerate(_texts(self.asked, float(facts["axes_deg"])).items()):
             unit = "deg" if name == "rotation" else ""
             what = f"{text}; {measure}" if unit == "" else text
             maps[name] = Map(out[:, k].reshape(shape), view.scan, unit, what, facts)
@@ -192,6 +197,20 @@ class StrainFit:
             maps["grain"] = grain
         maps["valid"] = Map(known.reshape(shape), view.scan, "", "the lattice was found here")
         return maps
+
+
+def _texts(asked: Strain, degrees: float) -> dict[str, str]:
+    """What the maps are, along which axes."""
+    if asked.axes == 0:
+        return _TEXT
+    along = f" along the reflection {tuple(asked.axes)}," if isinstance(asked.axes, tuple) else ""
+    axes = f"x{along} at {degrees:.1f} deg from the detector's columns towards its rows"
+    return {
+        "exx": f"strain along x; {axes}",
+        "eyy": f"strain along y, at 90 deg to x towards the rows; {axes}",
+        "exy": f"{_TEXT['exy']}; {axes}",
+        "rotation": _TEXT["rotation"],
+    }
 
 
 def _fill(

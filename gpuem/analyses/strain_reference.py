@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuem.analyses.deformation import ellipse_matrix
 from gpuem.analyses.reference_lattice import check_reference, same_basis
 from gpuem.errors import DataError, InputError, RecipeError
 from gpuem.formats.array import read_array
@@ -15,16 +17,18 @@ from gpuem.formats.array import read_array
 if TYPE_CHECKING:
     from gpuem.analyses.strain import Strain
 
+log = logging.getLogger("gpuem")
+
 
 def reference_of(
-    asked: Strain, scan_shape: tuple[int, ...]
+    asked: Strain, scan_shape: tuple[int, ...], wanted: NDArray[np.bool_] | None = None
 ) -> tuple[NDArray[np.bool_] | None, NDArray[np.float64] | None]:
     """Scan positions of the reference (positions,), or its vectors; neither for the median of all.
 
     Raises
     ------
     RecipeError
-        The region is empty, or doesn't fit the scan; the vectors span no lattice.
+        The region is empty, beyond the scan or outside the region of interest; the vectors span no lattice.
     InputError
         The other result can't be read, or isn't one.
     """
@@ -34,7 +38,8 @@ def reference_of(
     if isinstance(given, Path) and given.suffix.lower() not in (".npy", ".tif", ".tiff"):
         return None, _of_result(asked, given)
     if isinstance(given, tuple) and isinstance(given[0], tuple):
-        return None, check_reference(np.array(given, np.float64), f"{asked.name}: reference")
+        vectors = check_reference(np.array(given, np.float64), f"{asked.name}: reference")
+        return None, vectors if asked.reference_frame == "detector" else as_seen(vectors, asked.distortion)
     what = f"{asked.name}: reference"
     axes = " x ".join(map(str, scan_shape)) or "1"
     if isinstance(given, tuple):
@@ -45,8 +50,11 @@ def reference_of(
                 f"{what} {tuple(ends)}: first and end are needed for each scan axis, {2 * region.ndim} numbers for "
                 f"this scan of {axes}"
             )
-        if min(ends) < 0:
-            raise RecipeError(f"{what} {tuple(ends)}: positions count from 0; the scan has {axes} of them")
+        if min(ends) < 0 or any(end > n for end, n in zip(ends[1::2], scan_shape, strict=True)):
+            raise RecipeError(
+                f"{what} {tuple(ends)}: first and end (excluded) must lie inside the scan of {axes}; positions count "
+                "from 0"
+            )
         region[tuple(slice(a, b) for a, b in zip(ends[::2], ends[1::2], strict=True))] = True
         what += f" {tuple(ends)}"
     else:
@@ -61,7 +69,21 @@ def reference_of(
             f"{what} holds none of the {region.size} scan positions ({axes}); give first and end (excluded) of each "
             'axis, such as (y0, y1, x0, x1), inside the scan, or reference = "median"'
         )
-    return region.reshape(-1), None
+    flat = region.reshape(-1)
+    if wanted is not None and (flat & ~wanted).any():
+        inside = int(np.count_nonzero(flat & wanted))
+        if not inside:
+            raise RecipeError(
+                f"{what}: none of its {int(flat.sum())} scan positions lies in the region of interest (roi), all that "
+                f"is read of this scan of {axes}; enlarge roi, or choose a reference inside it"
+            )
+        log.warning("%s: %d of its %d scan positions lie in the region of interest", what, inside, int(flat.sum()))
+    return flat, None
+
+
+def as_seen(vectors: NDArray[np.float64], distortion: tuple[float, float]) -> NDArray[np.float64]:
+    """Vectors (y, x) of the undistorted pattern as the camera shows them."""
+    return np.asarray(vectors[:, ::-1] @ np.linalg.inv(ellipse_matrix(*distortion)).T, np.float64)[:, ::-1]
 
 
 def described_alike(reference: NDArray[np.float64], found: NDArray[np.float64]) -> NDArray[np.float64]:
