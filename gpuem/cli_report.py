@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from gpuem.errors import GpuemError, InputError
 from gpuem.progress import duration, err, rate
 
 if TYPE_CHECKING:
+    from gpuem.analyses import Sample, View
     from gpuem.analyses.strain_maps import StrainFit
     from gpuem.dataset import Dataset
     from gpuem.engine import Job
@@ -27,17 +28,20 @@ out = Console(highlight=False, soft_wrap=True)
 
 def check_one(asked: Recipe) -> None:
     """Do all of a run before it streams, and say what it would do."""
-    from gpuem import job, results
+    from gpuem import job, region, results, sampling
     from gpuem.analyses.strain_maps import StrainFit
 
     ds = job.open_input(asked)
-    analyses, prepared = job.begin(ds, asked.analysis, asked.run, asked.input.roi)
+    wanted = region.region(ds.scan_shape, asked.input.roi)
+    seen, why = sampling.check_sample(ds, asked.analysis, wanted, job.allowed_memory(asked.run))
+    analyses, prepared = job.begin(ds, asked.analysis, asked.run, asked.input.roi, seen)
     describe_data(ds)
     _describe_plan(asked, ds, prepared)
+    _show_places(analyses, job.view_of(ds), seen, why, asked.output.path)
     looked = [analysis for analysis in analyses if isinstance(analysis, StrainFit)]
     for analysis in looked:
         _show_look(analysis, asked.output.path)
-    out.print("The recipe is good; nothing was streamed." if looked else "The recipe is good; nothing was computed.")
+    out.print("The recipe is good; nothing was streamed.")
     try:
         results.check_writable(asked.output.path, overwrite=False)
     except GpuemError as error:
@@ -71,12 +75,48 @@ def _show_look(found: StrainFit, output: Path) -> None:
     """What was found in the sample: in words, and over the mean pattern as a picture."""
     for line in found.picture.lines:
         out.print(f"{found.name:<16} {escape(line)}")
-    target = output.with_name(f"{output.name.removesuffix('.zarr')}.{found.name}.look.png")
-    try:
+
+    def draw() -> Any:
         from gpuem.plot_look import figure_of_look
 
+        return figure_of_look(found)
+
+    _save_picture(draw, output.with_name(f"{output.name.removesuffix('.zarr')}.{found.name}.look.png"))
+
+
+def _show_places(analyses: Sequence[Any], view: View, seen: Sample | None, why: str, output: Path) -> None:
+    """Where the beam is and the detectors are: in words, and over the mean pattern as a picture."""
+    if seen is None:
+        out.print(f"direct beam      not measured: {escape(why)}")
+        return
+    beam = None
+    try:
+        beam = seen.direct_beam
+        out.print(escape(beam.describe().replace("direct beam ", "direct beam      ", 1)))
+    except GpuemError as error:
+        out.print(f"direct beam      {escape(str(error).removeprefix('direct beam: '))}")
+    places = {a.name: p for a in analyses if hasattr(a, "place") and "center_y" in (p := a.place(view))}
+    for name, place in places.items():
+        center = f"centre ({place['center_y']:.2f}, {place['center_x']:.2f}) px, {place['center_from']}"
+        lengths = "".join(f", {k} {place[f'{k}_px']:.2f} px" for k in ("inner", "outer") if place.get(f"{k}_px"))
+        out.print(f"{name:<16} {escape(place['shape'])}, {escape(center + lengths)}")
+    if not places:
+        return
+
+    def draw() -> Any:
+        from gpuem.plot_detectors import detectors_figure
+
+        return detectors_figure(seen.mean, places, beam)
+
+    _save_picture(draw, output.with_name(f"{output.name.removesuffix('.zarr')}.detectors.png"))
+
+
+def _save_picture(draw: Callable[[], Any], target: Path) -> None:
+    """Draw a picture and say where it lies, or why there is none."""
+    try:
+        figure = draw()
         target.parent.mkdir(parents=True, exist_ok=True)
-        figure_of_look(found).savefig(target, dpi=110)
+        figure.savefig(target, dpi=110)
         out.print(f"picture          {escape(str(target))}")
     except ImportError:
         err.print(escape("no picture: matplotlib is not installed (pip install 'gpuem[plot]', or matplotlib itself)"))
@@ -211,6 +251,14 @@ def report(found: Results, where: Path) -> None:
                     f"{name.split('/')[0]:<16} rotation {angle:.2f} degrees, flip {'yes' if flip else 'no'}, "
                     f"curl/divergence that is left {certainty:.2f}{doubt}"
                 )
+    beams = {item.attributes["direct_beam_y"]: item.attributes for item in found.maps.values()
+             if "direct_beam_y" in item.attributes}  # fmt: skip
+    for facts in beams.values():
+        out.print(
+            f"direct beam      ({facts['direct_beam_y']:.2f}, {facts['direct_beam_x']:.2f}) +- "
+            f"({facts['direct_beam_sigma_y']:.2g}, {facts['direct_beam_sigma_x']:.2g}) px (y, x), "
+            f"radius {facts['direct_beam_radius']:.2f} px"
+        )
     out.print(f"result           {escape(str(where))}")
 
 

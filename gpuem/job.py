@@ -10,29 +10,39 @@ from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
-import numpy as np
-from numpy.typing import NDArray
-
-from gpuem import backends, dataset, engine, executors, identity, keeping, prepared, recipe, results, run_folder, tiles
+from gpuem import (
+    backends,
+    dataset,
+    engine,
+    executors,
+    identity,
+    keeping,
+    prepared,
+    recipe,
+    results,
+    run_folder,
+    sampling,
+    tiles,
+)
 from gpuem import resume as resume_of
-from gpuem.analyses import Analysis, Looking, Map, View
+from gpuem.analyses import Analysis, Map, Sample, View
 from gpuem.backends import Device, Sums, Weights
 from gpuem.dataset import Dataset
-from gpuem.errors import DataError, OutputError, PlanError, RecipeError, ResumableError
+from gpuem.errors import DataError, OutputError, RecipeError, ResumableError
 from gpuem.executors import Crew, local
 from gpuem.executors.dispatch import no_report
 from gpuem.executors.memory import available_memory
 from gpuem.identity import version
 from gpuem.keeping import Progress
-from gpuem.look import sample, sample_nbytes
+from gpuem.look import sample_nbytes
 from gpuem.provenance import provenance
 from gpuem.region import Roi, region, summary
 from gpuem.results import Results
 from gpuem.run_folder import RunFolder
+from gpuem.sampling import Asked, frames_wanted, look, view_of
 
 log = logging.getLogger("gpuem")
 Watch = Callable[[Dataset, int], AbstractContextManager[Progress | None]]
-Asked = Analysis | Looking
 
 
 class Options(TypedDict, total=False):
@@ -166,7 +176,7 @@ def _begin_kept(
         kept.describe(ds.source.frame_nbytes, job, {**now, **identity.of_cuts(job)}, None)
         return resolved, job
     identity.refuse_another(kept.path, then["identity"], now)
-    wanted, allowed = region(ds.scan_shape, roi), _allowed(options)
+    wanted, allowed = region(ds.scan_shape, roi), allowed_memory(options)
     resolved = prepared.load(kept.path, analyses, view_of(ds), lambda some: look(ds, some, wanted, allowed))
     job = crew.settle(prepare(ds, resolved, _planning(options, crew), roi))
     identity.refuse_another(kept.path, then["identity"], identity.of_cuts(job))
@@ -264,54 +274,17 @@ def open_input(asked: recipe.Recipe) -> Dataset:
 
 
 def begin(
-    ds: Dataset, analyses: Sequence[Asked], options: recipe.Run, roi: Roi = None
+    ds: Dataset, analyses: Sequence[Asked], options: recipe.Run, roi: Roi = None, seen: Sample | None = None
 ) -> tuple[list[Analysis], engine.Job]:
-    """All of a run before it streams: look, then prepare. ``gpuem check`` stops here."""
-    resolved = look(ds, analyses, region(ds.scan_shape, roi), _allowed(options))
-    looked = any(isinstance(analysis, Looking) for analysis in analyses)
-    return resolved, prepare(ds, resolved, options, roi, sample_nbytes(ds) if looked else 0)
-
-
-def look(
-    ds: Dataset, analyses: Sequence[Asked], wanted: NDArray[np.bool_], memory: int | None = None
-) -> list[Analysis]:
-    """Let the analyses that want to look at a sample of frames; without them nothing is read.
-
-    Parameters
-    ----------
-    ds : Dataset
-        The frames.
-    analyses : sequence of analyses
-        As they were asked for.
-    wanted : (positions,) bool
-        The region of interest.
-    memory : int
-        Bytes that the process may take; default 80 % of what is available.
-
-    Returns
-    -------
-    list of Analysis
-        All of them, in their order, with what they found out.
-
-    Raises
-    ------
-    DataError
-        No frame could be read.
-    PlanError
-        The sample doesn't fit into memory.
-    """
+    """All of a run before it streams: look, unless a sample was `seen`, then prepare. ``gpuem check`` stops here."""
     _check(analyses)
-    if not any(isinstance(analysis, Looking) for analysis in analyses):
-        return [a for a in analyses if not isinstance(a, Looking)]
-    nbytes, allowed = tiles.BASE_NBYTES + sample_nbytes(ds), available_memory() if memory is None else memory
-    if nbytes > allowed:
-        raise PlanError(
-            f"looking at a sample of the frames needs {nbytes / 1e6:,.0f} MB and the run may take {allowed / 1e6:,.0f} "
-            "MB. Allow more ([run] memory)"
-        )
-    view, frames = view_of(ds), sample(ds, wanted)
-    log.info("look: %d frames, spread over the scan", frames.positions.size)
-    return [a.look(view, frames) if isinstance(a, Looking) else a for a in analyses]
+    wanted, most = region(ds.scan_shape, roi), frames_wanted(ds, analyses)
+    if most and seen is None:
+        seen = sampling.take(ds, wanted, most, allowed_memory(options))
+        log.info("look: %d frames, spread over the scan", seen.positions.size)
+    resolved = look(ds, analyses, wanted, seen=seen)
+    sampling.glance(ds, resolved, wanted, seen)
+    return resolved, prepare(ds, resolved, options, roi, sample_nbytes(ds, most) if most else 0)
 
 
 def prepare(
@@ -339,7 +312,7 @@ def prepare(
     view = view_of(ds)
     weights = [a.weights(view) for a in analyses]
     prepared = backend.prepare(sum(weights, Weights()), ds.frame_shape, ds.dtype)
-    allowed = _allowed(options)
+    allowed = allowed_memory(options)
     asked = options.device_memory
     on_device = recipe.parse_memory(asked, "device_memory") if asked is not None else None
     maps = sum(_map_nbytes(analysis, view) for analysis in analyses)
@@ -362,7 +335,7 @@ def _check(analyses: Sequence[Asked]) -> None:
     recipe.check_names([analysis.name for analysis in analyses])
 
 
-def _allowed(options: recipe.Run) -> int:
+def allowed_memory(options: recipe.Run) -> int:
     """Bytes of host memory that the run may take."""
     return recipe.parse_memory(options.memory) if options.memory is not None else available_memory()
 
@@ -393,8 +366,3 @@ def finish(view: View, analyses: Sequence[Analysis], job: engine.Job, totals: en
     valid = totals.valid.reshape(view.scan_shape)
     maps["valid"] = Map(valid, view.scan, "", "a frame was read at this scan position")
     return maps
-
-
-def view_of(ds: Dataset) -> View:
-    """What analyses may know of a data set."""
-    return View(ds.scan, ds.detector, ds.dtype)

@@ -33,17 +33,23 @@ GOLDEN = (5**0.5 - 1) / 2
 _BLOCK = 1 << 16
 
 
-def sample_frames(ds: Dataset) -> int:
+def sample_frames(ds: Dataset, most: int = SAMPLE_FRAMES) -> int:
     """Most frames of a sample: few, and not too many bytes."""
-    return max(1, min(SAMPLE_FRAMES, SAMPLE_NBYTES // ds.source.corrected_nbytes, ds.positions))
+    return max(1, min(SAMPLE_FRAMES, most, SAMPLE_NBYTES // ds.source.corrected_nbytes, ds.positions))
 
 
-def sample_nbytes(ds: Dataset) -> int:
+def sample_nbytes(ds: Dataset, most: int = SAMPLE_FRAMES) -> int:
     """Bytes of the largest sample."""
-    return sample_frames(ds) * ds.source.corrected_nbytes
+    return sample_frames(ds, most) * ds.source.corrected_nbytes
 
 
-def sample(ds: Dataset, wanted: NDArray[np.bool_]) -> Sample:
+def glance_nbytes(ds: Dataset, most: int) -> int:
+    """Bytes that have to be decoded at most for a sample of `most` frames."""
+    largest = max((math.prod(unit(piece)) for piece in ds.source.pieces), default=1)
+    return most * largest * ds.source.frame_nbytes
+
+
+def sample(ds: Dataset, wanted: NDArray[np.bool_], most: int = SAMPLE_FRAMES) -> Sample:
     """Read a sample; the same data and region give the same one.
 
     Frames that are missing, broken or hold NaN are passed over: what becomes of them is for the run to say.
@@ -54,6 +60,8 @@ def sample(ds: Dataset, wanted: NDArray[np.bool_]) -> Sample:
         The frames, corrected where they are to be.
     wanted : (positions,) bool
         The region of interest.
+    most : int
+        Most frames.
 
     Raises
     ------
@@ -61,7 +69,7 @@ def sample(ds: Dataset, wanted: NDArray[np.bool_]) -> Sample:
         None of the frames that were tried can be read; with the reason.
     """
     there = promised(ds, wanted)
-    count = min(sample_frames(ds), int(np.count_nonzero(there)))
+    count = min(sample_frames(ds, most), int(np.count_nonzero(there)))
     frames, positions = np.empty((count, *ds.frame_shape), ds.dtype), np.empty(count, np.int64)
     done = tried = 0
     reasons: dict[str, None] = {}
@@ -80,7 +88,7 @@ def sample(ds: Dataset, wanted: NDArray[np.bool_]) -> Sample:
     if not done:
         why = "; ".join(list(reasons)[:3]) or "no frame of the file lies inside the wanted part of the scan"
         raise DataError(f"no frame could be read to look at beforehand, {tried} were tried: {why}")
-    return Sample(frames[:done], positions[:done], wanted)
+    return Sample(frames[:done], positions[:done], wanted, ds.scan_shape)
 
 
 def promised(ds: Dataset, wanted: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from gpuem.analyses import Map
 from gpuem.panels import beyond, empty_figure, hatch_unknown, scale_bar
+from gpuem.plot_detectors import detectors_figure, places_of_maps
 from gpuem.plot_strain import strain_figures
 from gpuem.results import Results
 
@@ -49,7 +50,17 @@ def save_previews(results: Results, folder: Path) -> list[Path]:
         kinds = [kind for kind in _SHOWN.values() if set(kind) & set(maps)]
         shown = {k: m for k, m in maps.items() if not kinds or k in kinds[0]}
         written.append(_save(figure_of(group, shown), folder / f"{group}.png"))
+    written += _save_detectors(results, folder)
     return written
+
+
+def _save_detectors(results: Results, folder: Path) -> list[Path]:
+    """Where the detectors lie, over the mean pattern, where the run made one."""
+    places = places_of_maps(results.maps)
+    for name, item in results.maps.items():
+        if places and name.endswith("/mean") and [axis.name for axis in item.axes] == ["detector_y", "detector_x"]:
+            return [_save(detectors_figure(item.data, places), folder / f"{name.removesuffix('/mean')}.detectors.png")]
+    return []
 
 
 def _save(figure: Figure, path: Path) -> Path:

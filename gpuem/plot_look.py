@@ -103,7 +103,7 @@ def look_figure(
 
     pattern = axes(0.6, 0.4, 6.5, tall)
     pattern.set_anchor("NW")
-    _pattern(pattern, mean)
+    draw_pattern(pattern, mean)
     for (lattice, own), color in zip(grains[:_MOST_GRAINS], _GRAINS, strict=False):
         _circles(pattern, own, disk.radius, color)
         _arrows(pattern, lattice, (color, color), "-")
@@ -125,7 +125,7 @@ def look_figure(
     return figure
 
 
-def _pattern(axes: Axes, mean: NDArray[Any]) -> None:
+def draw_pattern(axes: Axes, mean: NDArray[Any]) -> None:
     """Counts in logarithmic colours; the axes are detector pixels, as in a recipe."""
     from matplotlib.colors import LogNorm
 

@@ -43,7 +43,7 @@ def recipe():
 
 def test_check_run_info_and_run_again(recipe):
     out, _ = gpuem_command("check", "recipe.toml")
-    assert "nothing was computed" in out
+    assert "nothing was streamed" in out
     assert "shards" in out
     assert not os.path.exists("out.zarr")
     out, err = gpuem_command("run", "recipe.toml")

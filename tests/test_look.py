@@ -253,7 +253,7 @@ def test_what_was_found_is_what_runs(device):
 
 
 def test_nothing_is_read_where_nobody_looks(monkeypatch):
-    monkeypatch.setattr(job, "sample", None)
+    monkeypatch.setattr(look, "sample", None)
     ds = dataset.of_array(np.ones((3, 4, 5), "u1"))
     chosen = [gpuem.Sum(), gpuem.CenterOfMass()]
     assert job.look(ds, chosen, everywhere(ds)) == chosen
@@ -266,13 +266,13 @@ def test_the_sample_is_counted_and_refused_beforehand(monkeypatch):
     resolved, made = job.begin(ds, [Brightest()], recipe.run_section())
     assert isinstance(resolved[0], Found)
     assert made.plan.nbytes["sample of frames"] == 3 * 20
-    monkeypatch.setattr(job, "sample", None)
+    monkeypatch.setattr(look, "sample", None)
     with pytest.raises(gpuem.PlanError, match=r"looking at a sample of the frames needs [\d,]+ MB .* 50 MB"):
         gpuem.run(ds, [Brightest()], memory="50 MB")
     assert tiles.BASE_NBYTES > 50e6
 
 
 def test_mistakes_are_told_before_frames_are_read(monkeypatch):
-    monkeypatch.setattr(job, "sample", None)
+    monkeypatch.setattr(look, "sample", None)
     with pytest.raises(gpuem.RecipeError, match="used 2 times"):
         gpuem.run(np.ones((3, 4, 5), "u1"), [Brightest(), Brightest()])

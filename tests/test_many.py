@@ -457,7 +457,7 @@ def test_the_command_says_what_became_of_each(three):
     out, err = command("check", "recipe.toml")
     assert "3 data sets" in out
     assert all(name in out for name in three)
-    assert "nothing was computed" in out
+    assert "nothing was streamed" in out
     assert not Path("out").exists()
     out, err = command("run", "recipe.toml")
     assert "2 of 3: three" in err

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpuem.axes import Axis
 from gpuem.backends import Sums, Weights
+
+if TYPE_CHECKING:
+    from gpuem.analyses.direct_beam import DirectBeam
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,28 @@ class Sample:
         Their flat scan positions, each once.
     wanted : (positions,) bool or None
         The scan positions that are read, where that is known.
+    scan_shape : tuple of int
+        Shape of the scan; empty where it is not known.
     """
 
     frames: NDArray[Any]
     positions: NDArray[np.int64]
     wanted: NDArray[np.bool_] | None = None
+    scan_shape: tuple[int, ...] = ()
+
+    @cached_property
+    def mean(self) -> NDArray[np.float64]:
+        """Mean of the frames."""
+        return np.asarray(self.frames.mean(axis=0, dtype=np.float64))
+
+    @cached_property
+    def direct_beam(self) -> DirectBeam:
+        """The direct beam, measured once for all who ask; raises DataError where there is nothing to measure."""
+        from gpuem.analyses.direct_beam import measure_direct_beam
+
+        known = bool(self.scan_shape)
+        where = np.column_stack(np.unravel_index(self.positions, self.scan_shape)) if known else self.positions[:, None]
+        return measure_direct_beam(self.frames, coordinates=where)
 
 
 class Analysis(Protocol):
@@ -116,7 +137,11 @@ class Analysis(Protocol):
 
 @runtime_checkable
 class Looking(Protocol):
-    """An analysis that looks at a sample of the frames before it says what it needs of each."""
+    """An analysis that looks at a sample of the frames before it says what it needs of each.
+
+    It may also have ``sample_frames(view)``: how many frames it wants to see; 0: none, it is ready as it is. Without it
+    it gets as many as `gpuem.look` takes at most.
+    """
 
     @property
     def name(self) -> str:

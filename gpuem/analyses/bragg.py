@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from pydantic import Field, InstanceOf, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from gpuem.analyses import Map, Sample, View
-from gpuem.analyses.model import Model, Name
+from gpuem.analyses.model import ALL_FRAMES, Centered, Name
 from gpuem.axes import Axis
 from gpuem.backends import Sums, Weights
 from gpuem.backends.peaks import PeakSearch, Subpixel, soft_disk, wrapped, zero_mean_kernel
@@ -26,7 +27,7 @@ RING = 1.5
 _ROWS = 1 << 14
 
 
-class Bragg(Model):
+class Bragg(Centered):
     """Positions and counts of the Bragg disks of every frame, by correlation with the probe's disk.
 
     The correlation is with the disk minus a ring around it. Maps of scan shape: ``count``; with a further axis
@@ -38,6 +39,10 @@ class Bragg(Model):
     ----------
     name : str
         Name of the maps: ``name/count`` and so on.
+    center : tuple of float or "auto"
+        The direct beam (y, x) in px; "auto": measured in a sample of frames. With it the axes of ``vectors`` count from
+        there, so that they are scattering vectors, and the attributes of ``count`` tell it; ``y`` and ``x`` stay pixels
+        of the detector.
     radius : float
         Radius of the disks in px; found in the data where neither it nor `probe` is given.
     edge : float
@@ -84,15 +89,20 @@ class Bragg(Model):
             raise ValueError("radius and probe: give one of them; the radius of a probe is measured")
         return self
 
+    def sample_frames(self, view: View) -> int:
+        """All that there are, unless everything was given."""
+        return ALL_FRAMES if self.center == "auto" or (self.radius is None and self.probe is None) else 0
+
     def look(self, view: View, sample: Sample) -> Bragg:
-        """With the radius and the edge of the disks as they are in the sample, where nothing was given."""
+        """With the direct beam, the radius and the edge of the disks as the sample shows them, where not given."""
+        centered = super().look(view, sample)
         if self.radius is not None or self.probe is not None:
-            return self
+            return centered
         from gpuem.analyses.probe_finding import find_probe
 
         mean = sample.frames.mean(axis=0, dtype=np.float64)
         found = find_probe(mean, np.isfinite(mean))
-        return self.model_copy(update={"radius": float(found.radius), "edge": float(found.edge)})
+        return centered.model_copy(update={"radius": float(found.radius), "edge": float(found.edge)})
 
     def weights(self, view: View) -> Weights:
         """A search for peaks in the correlation of whole frames."""
@@ -109,8 +119,14 @@ class Bragg(Model):
         shape = (*view.scan_shape, self.max_peaks)
         counts = "counts" if self.power == 1 else ""
         search = self._search(view)
-        facts = {"power": self.power, "spacing_px": search.spacing, "margin_px": search.edge}
+        facts: dict[str, Any] = {"power": self.power, "spacing_px": search.spacing, "margin_px": search.edge}
         facts |= {} if self.radius is None else {"radius_px": self.radius, "edge_px": self.edge}
+        detector = view.detector
+        if self.center is not None:
+            place = self.center_in(view)
+            facts |= self.center_facts(view)
+            y, x = (replace(a, origin=-c * a.step) for a, c in zip(detector, place, strict=True))
+            detector = (y, x)
         return {
             "count": Map(rows[:, 0].reshape(view.scan_shape), view.scan, "", "number of Bragg disks", facts),
             "y": Map(rows[:, 1::3].reshape(shape), axes, "px", "y of the Bragg disks, brightest first"),
@@ -119,7 +135,7 @@ class Bragg(Model):
                 rows[:, 3::3].reshape(shape), axes, counts, "counts of the disks above their surroundings"
             ),
             "vectors": Map(
-                vector_map(rows, view.frame_shape), view.detector, counts, "intensities of all disks of all frames"
+                vector_map(rows, view.frame_shape), detector, counts, "intensities of all disks of all frames"
             ),
         }
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+import math
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from gpuem.analyses import Map, View
-from gpuem.analyses.model import Model, Name, center_on
+from gpuem.analyses import Map, Sample, View
+from gpuem.analyses.model import Centered, Name
+from gpuem.analyses.robust import ABOVE_NOISE, dark_noise, lonely, outliers_of_fit
 from gpuem.analyses.virtual import disk
 from gpuem.axes import Axis, to_pixels
 from gpuem.backends import Sums, Weights
 from gpuem.errors import RecipeError
 
 log = logging.getLogger("gpuem")
+# frames that tell the noise of the camera
+NOISE_FRAMES = 64
 Regression = tuple[tuple[float, float], tuple[float, float], tuple[float, float]]
 
 
-class CenterOfMass(Model):
+class CenterOfMass(Centered):
     """Centre of mass of every frame: where the beam is deflected to.
 
     Maps of scan shape: ``y``, ``x`` (px from the centre of pixel (0, 0)), ``shift_y``, ``shift_x`` (from the centre),
@@ -29,12 +33,24 @@ class CenterOfMass(Model):
     ``valid``. A frame without counts has shift 0 and is not valid; a position without a frame is NaN and not valid.
     ``regression`` is the 3x2 descan plane that was subtracted: rows 1, y, x; columns field y, field x.
 
+    A frame has counts where their sum is positive; for floats, and integers below 0 (corrected data, cameras with read
+    noise), where it exceeds 5 times the noise that the camera alone gives to the sum: the square root of the number of
+    pixels times the noise of a dark pixel. That is the lower quartile over all pixels of their scatter between
+    successive frames of a sample of 64; where most pixels see no electron it is 0. A centre of mass off the detector is
+    no beam's, and not valid either. Such frames take part in no fit.
+
+    Fits leave out what contradicts everything else: descan plane and mean frames farther than 10 robust standard
+    deviations (and 1/2 px) from a fit of least absolute distances; rotation and flip those so far from the median of
+    their 8 neighbours. Nothing is left out where that would be more than a quarter. The rest is fitted by plain least
+    squares, so that data without outliers give the same numbers as without the test. Their own values stay in the maps;
+    the attributes count them: ``frames_without_counts``, ``descan_left_out``, ``rotation_left_out``.
+
     Parameters
     ----------
     name : str
         Name of the maps.
-    center : tuple of float
-        Reference (y, x) in px; default the geometric centre.
+    center : tuple of float or "auto"
+        Reference (y, x) in px; default the geometric centre; "auto": the direct beam, measured in a sample of frames.
     radius, inner_radius : float
         Only pixels with inner_radius < distance <= radius from the centre count; default all.
     unit : str
@@ -50,13 +66,12 @@ class CenterOfMass(Model):
     descan : {"none", "mean", "plane"} or 3x2 numbers
         What to subtract from the field: nothing, its mean, a plane fitted to it, or a given plane.
     compatible : {"gpuem", "libertem"}
-        "libertem": default centre H//2, W//2; frames without counts take part in the descan fit; "auto" on a grid of
-        whole degrees with a histogram of the divergence.
+        "libertem": default centre H//2, W//2; counts are what is not 0; frames without counts take part in the descan
+        fit, and outliers; "auto" on a grid of whole degrees with a histogram of the divergence.
     """
 
     kind: Literal["com"] = "com"
     name: Name = "com"
-    center: tuple[float, float] | None = None
     radius: float | None = Field(default=None, gt=0)
     inner_radius: float = Field(default=0.0, ge=0)
     unit: str = "px"
@@ -73,6 +88,19 @@ class CenterOfMass(Model):
             raise ValueError(f"inner_radius {self.inner_radius:g} must be smaller than radius {self.radius:g}")
         return self
 
+    def sample_frames(self, view: View) -> int:
+        """All for the direct beam; a few for the noise, where counts can be negative."""
+        noisy = self.compatible == "gpuem" and view.dtype.kind in "if"
+        return max(super().sample_frames(view), NOISE_FRAMES if noisy else 0)
+
+    def look(self, view: View, sample: Sample) -> Self:
+        """With the direct beam as its centre, and the noise of a dark pixel, where they are wanted."""
+        found = super().look(view, sample)
+        signed = view.dtype.kind == "f" or (view.dtype.kind == "i" and bool((sample.frames < 0).any()))
+        if self.compatible == "libertem" or not signed:
+            return found
+        return found.model_copy(update={"measured": {**found.measured, "dark_noise": dark_noise(sample.frames)}})
+
     def weights(self, view: View) -> Weights:
         """Sum and first moments inside the mask."""
         if "auto" in (self.rotation, self.flip) and not _is_image(view):
@@ -80,50 +108,97 @@ class CenterOfMass(Model):
                 f'{self.name}: rotation or flip "auto" needs a 2-D scan of at least 2x2 positions; this one is '
                 f"{' x '.join(map(str, view.scan_shape))}: give scan, or a rotation in degrees"
             )
-        center = self._center(view)
-        if self.radius is None:
-            return Weights(moments=(None,))
-        outer, inner = (to_pixels(r, self.unit, view.detector) for r in (self.radius, self.inner_radius))
-        mask = disk(view.frame_shape, center, outer, inner)
-        if not mask.any():
-            raise RecipeError(f"{self.name}: radius {outer:g} px around {center} covers no pixel of the detector")
+        mask = self._mask(view)
+        if mask is not None and not mask.any():
+            assert self.radius is not None
+            outer = to_pixels(self.radius, self.unit, view.detector)
+            raise RecipeError(
+                f"{self.name}: radius {outer:g} px around {self.center_in(view)} covers no pixel of the detector"
+            )
         return Weights(moments=(mask,))
+
+    def place(self, view: View) -> dict[str, Any]:
+        """Where the mask lies: centre and radii in px, and the radii as they were given."""
+        facts = self.center_facts(view)
+        if self.radius is None:
+            return {**facts, "shape": "detector"}
+        outer, inner = (to_pixels(r, self.unit, view.detector) for r in (self.radius, self.inner_radius))
+        given = {"radius": self.radius, "inner_radius": self.inner_radius, "unit": self.unit}
+        return {**facts, "shape": "disk", **given, "outer_px": outer, "inner_px": inner}
+
+    def center_in(self, view: View) -> tuple[float, float]:
+        """The centre (y, x) in px."""
+        if self.center is None and self.compatible == "libertem":
+            return float(view.frame_shape[0] // 2), float(view.frame_shape[1] // 2)
+        return super().center_in(view)
 
     def finish(self, view: View, sums: Sums, valid: NDArray[np.bool_]) -> dict[str, Map]:
         """All maps of the centre of mass."""
-        center = np.array(self._center(view))
         moments = sums.moments[:, 0].astype(np.float64)
-        counted = valid & (moments[:, 0] != 0)
-        com = np.broadcast_to(center, (valid.size, 2)).copy()
-        np.divide(moments[:, 1:], moments[:, :1], out=com, where=counted[:, None])
-        com[~valid] = np.nan
-        shift = com - center
+        com, counted, facts = self._com(view, moments, valid)
+        shift = com - np.array(self.center_in(view))
         fitted = valid if self.compatible == "libertem" else counted
         flip, rotation, found = self._orientation(view, shift, fitted)
         vectors = turn(shift, rotation, flip)
-        plane = self._plane(view, vectors, fitted)
+        plane, left_out = self._plane(view, vectors, fitted)
         vectors = vectors - _design(view) @ plane
-        found |= {"rotation_deg": rotation, "flip": flip, "center_y": float(center[0]), "center_x": float(center[1])}
+        found = {"rotation_deg": rotation, "flip": flip} | self.place(view) | facts | found | left_out
+        self._say(found, int(valid.sum()))
         maps = {
-            "y": self._map(view, com[:, 0], "centre of mass, y, from the centre of pixel (0, 0)"),
-            "x": self._map(view, com[:, 1], "centre of mass, x, from the centre of pixel (0, 0)"),
+            "y": self._map(view, com[:, 0], "centre of mass, y, from the centre of pixel (0, 0)", found),
+            "x": self._map(view, com[:, 1], "centre of mass, x, from the centre of pixel (0, 0)", found),
             "shift_y": self._map(view, shift[:, 0], "centre of mass, y, from the centre", found),
             "shift_x": self._map(view, shift[:, 1], "centre of mass, x, from the centre", found),
             "field_y": self._map(view, vectors[:, 0], "deflection along scan y, descan corrected", found),
             "field_x": self._map(view, vectors[:, 1], "deflection along scan x, descan corrected", found),
             "magnitude": self._map(view, np.hypot(vectors[:, 0], vectors[:, 1]), "length of the deflection", found),
             **self._derivatives(view, vectors),
-            "counts": Map(view.scan_map(moments[:, 0], valid), view.scan, "counts", "counts inside the mask"),
-            "valid": Map(counted.reshape(view.scan_shape), view.scan, "", "a frame with counts was read here"),
+            "counts": Map(view.scan_map(moments[:, 0], valid), view.scan, "counts", "counts inside the mask", found),
+            "valid": Map(counted.reshape(view.scan_shape), view.scan, "", "a frame with counts was read here", facts),
         }
         terms = Axis("term", 3), Axis("component", 2)
         maps["regression"] = Map(plane, terms, "px", "subtracted plane: rows 1, scan y, scan x; columns field y, x")
         return maps
 
-    def _center(self, view: View) -> tuple[float, float]:
-        if self.center is None and self.compatible == "libertem":
-            return float(view.frame_shape[0] // 2), float(view.frame_shape[1] // 2)
-        return center_on(view, self.center, self.name)
+    def _mask(self, view: View) -> NDArray[np.bool_] | None:
+        if self.radius is None:
+            return None
+        outer, inner = (to_pixels(r, self.unit, view.detector) for r in (self.radius, self.inner_radius))
+        return disk(view.frame_shape, self.center_in(view), outer, inner)
+
+    def _com(
+        self, view: View, moments: NDArray[np.float64], valid: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float64], NDArray[np.bool_], dict[str, Any]]:
+        """Centre of mass (the centre without counts), which frames have counts, and what decided that."""
+        com = np.broadcast_to(np.array(self.center_in(view)), (valid.size, 2)).copy()
+        if self.compatible == "libertem":
+            counted = valid & (moments[:, 0] != 0)
+            np.divide(moments[:, 1:], moments[:, :1], out=com, where=counted[:, None])
+            com[~valid] = np.nan
+            return com, counted, {}
+        mask = self._mask(view)
+        pixels = math.prod(view.frame_shape) if mask is None else np.count_nonzero(mask)
+        least = ABOVE_NOISE * float(self.measured.get("dark_noise", 0.0)) * math.sqrt(pixels)
+        counted = valid & (moments[:, 0] > least)
+        np.divide(moments[:, 1:], moments[:, :1], out=com, where=counted[:, None])
+        edge = np.array(view.frame_shape) - 0.5
+        impossible = counted & ~((com >= -0.5) & (com <= edge)).all(axis=1)
+        com[impossible] = self.center_in(view)
+        counted &= ~impossible
+        com[~valid] = np.nan
+        return com, counted, {"least_counts": least, "frames_without_counts": int((valid & ~counted).sum())}
+
+    def _say(self, found: dict[str, Any], frames: int) -> None:
+        """What took no part in the fits."""
+        if found.get("frames_without_counts") and found["least_counts"]:
+            log.info(
+                "%s: %s of %s frames have no counts above the noise (%.4g) or a centre of mass off the detector: not "
+                "valid, and in no fit",
+                self.name, f"{found['frames_without_counts']:,}", f"{frames:,}", found["least_counts"],
+            )  # fmt: skip
+        for key, what in (("descan_left_out", f'descan = "{self.descan}"'), ("rotation_left_out", "rotation")):
+            if found.get(key):
+                log.info("%s: %s: %s frames left out that contradict the others", self.name, what, f"{found[key]:,}")
 
     def _map(self, view: View, values: NDArray[Any], text: str, found: dict[str, Any] | None = None) -> Map:
         return Map(values.reshape(view.scan_shape), view.scan, "px", text, found or {})
@@ -144,28 +219,42 @@ class CenterOfMass(Model):
         if self.rotation != "auto" and self.flip != "auto":
             return self.flip, self.rotation, {}
         vectors = np.where(fitted[:, None], shift, np.nan).reshape(*view.scan_shape, 2)
+        counts = {}
+        if self.compatible == "gpuem":
+            alone = lonely(vectors)
+            vectors[alone] = np.nan
+            counts = {"rotation_left_out": int(alone.sum())}
         flips = (False, True) if self.flip == "auto" else (self.flip,)
         angle = None if self.rotation == "auto" else self.rotation
         best = min((guess_rotation(vectors, f, angle, self.compatible) for f in flips), key=lambda found: found[0])
-        return best[1], best[2], {"curl_to_divergence": float(np.sqrt(best[0] / best[3])) if best[3] else 1.0}
+        sure = float(np.sqrt(best[0] / best[3])) if best[3] else 1.0
+        return best[1], best[2], {"curl_to_divergence": sure, **counts}
 
-    def _plane(self, view: View, vectors: NDArray[np.float64], fitted: NDArray[np.bool_]) -> NDArray[np.float64]:
-        if isinstance(self.descan, tuple):
-            return np.array(self.descan)
+    def _plane(
+        self, view: View, vectors: NDArray[np.float64], fitted: NDArray[np.bool_]
+    ) -> tuple[NDArray[np.float64], dict[str, Any]]:
+        """What is to be subtracted, and how many frames took no part in its fit."""
         plane: NDArray[np.float64] = np.zeros((3, 2))
-        if self.descan == "mean" and fitted.any():
-            plane[0] = vectors[fitted].mean(axis=0)
-        if self.descan == "plane":
-            design = _design(view)[fitted]
-            if np.linalg.matrix_rank(design) < 3:
-                # known only now: the other maps must not be lost for it
-                log.warning(
-                    '%s: descan = "plane" needs frames with counts that don\'t lie on one line; the field is NaN',
-                    self.name,
-                )
-                return np.full((3, 2), np.nan)
-            plane = np.asarray(np.linalg.lstsq(design, vectors[fitted], rcond=None)[0])
-        return plane
+        if isinstance(self.descan, tuple):
+            return np.array(self.descan), {}
+        if self.descan == "none" or (self.descan == "mean" and not fitted.any()):
+            return plane, {}
+        terms = 1 if self.descan == "mean" else 3
+        design, wanted = _design(view)[fitted, :terms], vectors[fitted]
+        facts: dict[str, Any] = {}
+        if self.compatible == "gpuem" and len(design) > terms:
+            far = outliers_of_fit(design, wanted)
+            design, wanted, facts = design[~far], wanted[~far], {"descan_left_out": int(far.sum())}
+        if terms == 1:
+            plane[0] = wanted.mean(axis=0)
+            return plane, facts
+        if np.linalg.matrix_rank(design) < 3:
+            # known only now: the other maps must not be lost for it
+            log.warning(
+                '%s: descan = "plane" needs frames with counts that don\'t lie on one line; the field is NaN', self.name
+            )
+            return np.full((3, 2), np.nan), facts
+        return np.asarray(np.linalg.lstsq(design, wanted, rcond=None)[0]), facts
 
 
 def turn(vectors: NDArray[np.float64], degrees: float, flip: bool) -> NDArray[np.float64]:

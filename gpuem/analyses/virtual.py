@@ -12,7 +12,7 @@ from pydantic import Field, InstanceOf, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from gpuem.analyses import Map, View
-from gpuem.analyses.model import Model, Name, center_on
+from gpuem.analyses.model import Centered, Name
 from gpuem.axes import to_pixels
 from gpuem.backends import Sums, Weights
 from gpuem.errors import RecipeError
@@ -36,7 +36,7 @@ _NEEDED = {
 }
 
 
-class VirtualDetector(Model):
+class VirtualDetector(Centered):
     """A virtual detector: for every scan position, the counts inside a mask on the detector.
 
     A pixel belongs to a disk when its centre lies at most `outer` from the detector's centre point (inclusive); an
@@ -48,8 +48,9 @@ class VirtualDetector(Model):
         Name of the map; sectors give ``name/0``, ``name/1``, ...
     shape : {"annulus", "disk", "rectangle", "point", "sectors", "mask"}
         Shape of the mask.
-    center : tuple of float
-        Centre (y, x) in px; default the geometric one, ((H-1)/2, (W-1)/2).
+    center : tuple of float or "auto"
+        Centre (y, x) in px; default the geometric one, ((H-1)/2, (W-1)/2); "auto": the direct beam, measured in a
+        sample of frames. The maps' attributes say where the detector lies: ``center_y``, ``center_x``, ``outer_px``...
     inner, outer : float
         Radii, in `unit`.
     unit : str
@@ -68,7 +69,6 @@ class VirtualDetector(Model):
     kind: Literal["virtual"] = "virtual"
     name: Name = "virtual"
     shape: Literal["annulus", "disk", "rectangle", "point", "sectors", "mask"] = "annulus"
-    center: tuple[float, float] | None = None
     inner: float = Field(default=0.0, ge=0)
     outer: float | None = Field(default=None, gt=0)
     unit: str = "px"
@@ -83,7 +83,7 @@ class VirtualDetector(Model):
         missing = [key for key in _NEEDED[self.shape] if getattr(self, key) is None]
         if missing:
             raise ValueError(f'shape "{self.shape}" needs {" and ".join(missing)}')
-        unused = self.model_fields_set - _FIELDS[self.shape] - {"kind", "name", "shape"}
+        unused = self.model_fields_set - _FIELDS[self.shape] - {"kind", "name", "shape", "measured"}
         if unused:
             raise ValueError(f'shape "{self.shape}" has no {", ".join(sorted(unused))}')
         if self.outer is not None and self.inner >= self.outer:
@@ -109,20 +109,35 @@ class VirtualDetector(Model):
         """One map, or one per sector."""
         values = sums.images if sums.images.shape[1] else sums.masks
         names = [str(k) for k in range(values.shape[1])] if self.sectors else [""]
+        place = self.place(view)
         return {
             name: Map(
                 view.scan_map(values[:, k], valid),
                 view.scan,
                 "counts",
                 f"counts inside {self.shape}" + (f", sector {name}" if name else ""),
+                place,
             )
             for k, name in enumerate(names)
         }
 
+    def place(self, view: View) -> dict[str, Any]:
+        """Where the detector lies: shape, centre and lengths in px, and the lengths as they were given."""
+        facts: dict[str, Any] = {"shape": self.shape}
+        if self.shape == "mask":
+            return {**facts, "pixels": int(np.count_nonzero(self._mask(view)))}
+        facts |= self.center_facts(view)
+        for key in ("inner", "outer", "height", "width"):
+            value = getattr(self, key)
+            if key in _FIELDS[self.shape] and value is not None:
+                facts |= {key: value, f"{key}_px": self._pixels(view, value)}
+        facts |= {"unit": self.unit} if "unit" in _FIELDS[self.shape] else {}
+        return facts | ({"sectors": self.sectors, "start_deg": self.start} if self.sectors else {})
+
     def _mask(self, view: View) -> NDArray[Any]:
         if self.mask is not None:
             return _load_mask(self.mask, view.frame_shape, self.name)
-        cy, cx = center_on(view, self.center, self.name)
+        cy, cx = self.center_in(view)
         height, width = view.frame_shape
         y, x = np.ogrid[:height, :width]
         if self.shape == "point":
@@ -134,7 +149,7 @@ class VirtualDetector(Model):
 
     def _split(self, view: View, mask: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], ...]:
         assert self.sectors is not None
-        cy, cx = center_on(view, self.center, self.name)
+        cy, cx = self.center_in(view)
         y, x = np.ogrid[: mask.shape[0], : mask.shape[1]]
         turned = (np.degrees(np.arctan2(y - cy, x - cx)) - self.start) % 360.0
         sector = np.minimum((turned / (360.0 / self.sectors)).astype(int), self.sectors - 1)
