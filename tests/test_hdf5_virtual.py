@@ -99,17 +99,19 @@ def test_modules_are_parts_of_frames(tmp_path, gap):
 @pytest.mark.parametrize("schedule", ["late", "early"])
 def test_modules_on_the_gpu_give_the_bits_of_the_cpu(tmp_path, schedule, monkeypatch):
     """Several tiles and shards, big-endian and chunked modules, a gap, frames without a chunk, and a correction."""
-    from gpuem.backends import cuda_plan
+    from gpuem.backends import cuda_load, cuda_plan
 
     monkeypatch.setattr(cuda_plan, "SIZES", tiles.Sizes(runs_tile=4096, tile=4096, shard=16384))
     monkeypatch.setattr("gpuem.tiles.LEAST_FRAMES", 1)
     data = counts()
-    path = tiled(tmp_path, data, gap=2)
+    packed = {"chunks": (2, 4, 8, 10), **hdf5plugin.Bitshuffle()}
+    path = tiled(tmp_path, data, ({}, packed, {"chunks": (1, 1, 5, 4)}, {}), gap=2)
     source(tmp_path / "m0.h5", data[..., :8, :10].astype(">u2"))
     with h5py.File(tmp_path / "m3.h5", "w") as file:
-        dset = file.create_dataset("data", (4, 6, 8, 10), "<u2", chunks=(1, 2, 8, 10), compression="lzf")
+        dset = file.create_dataset("data", (4, 6, 8, 10), "<u2", chunks=(1, 2, 8, 10), **hdf5plugin.LZ4())
         dset[:, :4] = data[:, :4, 8:, 10:]
     ds = gpuem.open(path)
+    assert all(cuda_load.on_device(ds.source, piece) for piece in ds.source.pieces)
     frame = ds.frame_shape
     dark = np.random.default_rng(1).random(frame).astype("f4")
     for some in (ds, ds.corrected(dark=dark, dead=[(3, 4), (9, 11)])):

@@ -115,7 +115,7 @@ def _placed(scaled: Table, grid: tuple[int, ...]) -> Table | str:
     if outside.any():
         first = scaled[np.argmax(outside)].tolist()
         return f"{int(outside.sum())} lie outside of the grid {grid}, such as {first}"
-    flat = np.ravel_multi_index(tuple(scaled.T), grid).astype(np.int64)
+    flat: Table = np.ravel_multi_index(tuple(scaled.T), grid).astype(np.int64)
     seen = np.zeros(math.prod(grid), np.bool_)
     seen[flat] = True
     if np.count_nonzero(seen) < flat.size:

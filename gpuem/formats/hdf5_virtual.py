@@ -262,21 +262,25 @@ class _Build:
             image[np.ix_(target.rows, target.columns)] = True
             images.append(image)
             ever |= image
-        flags = np.array([mapped for mapped, _ in self.regions.values()]).reshape(len(images), self.count)
-        patterns, which = np.unique(flags, axis=1, return_inverse=True)
+        # a number for every set of regions that frames have
+        code = np.zeros(self.count, np.int64)
+        for k, (mapped, _) in enumerate(self.regions.values()):
+            code = 2 * (np.unique(code, return_inverse=True)[1] if k % 32 == 31 else code) + mapped
+        _, examples, which = np.unique(code, return_index=True, return_inverse=True)
+        patterns = [[bool(mapped[example]) for mapped, _ in self.regions.values()] for example in examples]
         partly, nowhere = 0, 0
-        for k, pattern in enumerate(patterns.T):
+        for k, pattern in enumerate(patterns):
             mine = which.reshape(-1) == k
-            sums = (
-                np.sum([image for image, on in zip(images, pattern, strict=True) if on], axis=0) if pattern.any() else 0
-            )
+            sums = np.zeros(self.frame, np.int64)
+            for image in itertools.compress(images, pattern):
+                sums += image
             if np.max(sums) > 1:
                 self.odd = self.odd or "parts of it are mapped twice"
-            if not pattern.any():
+            if not any(pattern):
                 nowhere += int(mine.sum())
             elif not np.array_equal(sums > 0, ever):
                 partly += int(mine.sum())
-            if not pattern.any() or not np.array_equal(sums > 0, ever):
+            if not any(pattern) or not np.array_equal(sums > 0, ever):
                 self.lost |= mine
         if nowhere:
             self.files.note(f"{name}: {nowhere} of its frames are mapped to no file")
