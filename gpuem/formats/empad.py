@@ -16,6 +16,7 @@ import numpy as np
 
 from gpuem.axes import Axis, calibrate, detector_axes
 from gpuem.errors import InputError, TruncatedError
+from gpuem.formats.named import Named, find
 from gpuem.formats.remote import Place, beside
 from gpuem.formats.source import File, Piece, Runs, Source
 
@@ -42,7 +43,13 @@ def claims(path: Place) -> bool:
     return path.suffix.lower() == ".raw" and bool(_naming(path))
 
 
-def read_header(paths: tuple[Place, ...], *, scan: tuple[int, int] | None = None, fit: bool = False) -> Source:
+def read_header(
+    paths: tuple[Place, ...],
+    *,
+    scan: tuple[int, int] | None = None,
+    fit: bool = False,
+    follow_links: bool = False,
+) -> Source:
     """Describe an EMPAD acquisition.
 
     Parameters
@@ -53,6 +60,8 @@ def read_header(paths: tuple[Place, ...], *, scan: tuple[int, int] | None = None
         Scan shape (y, x), where the .xml is wrong.
     fit : bool
         Go on with the whole frames of a file that is too short for the scan, or leave out what it has too many.
+    follow_links : bool
+        Where no .raw of that name lies beside the .xml, read the one at the whole path that the .xml gives.
 
     Returns
     -------
@@ -69,7 +78,7 @@ def read_header(paths: tuple[Place, ...], *, scan: tuple[int, int] | None = None
         The .raw ends within a frame or before the scan does.
     """
     (path,) = paths
-    root, raw = _open(path)
+    root, raw = _open(path, follow_links)
     try:
         file = File.of(raw)
     except OSError as error:
@@ -121,8 +130,8 @@ def _check(path: Place, file: File, shape: tuple[int, ...], whole: int, rest: in
     raise InputError(f"{message}; give scan = [y, x], or set fit = true to leave out the last {whole - frames}")
 
 
-def _open(path: Place) -> tuple[ET.Element, Place]:
-    """The .xml's root and the .raw it names."""
+def _open(path: Place, follow_links: bool) -> tuple[ET.Element, Place]:
+    """The .xml's root and the .raw it names; raises InputError where that lies elsewhere and may not be read."""
     if path.suffix.lower() != ".xml":
         named = _naming(path)
         if len(named) != 1:
@@ -136,7 +145,11 @@ def _open(path: Place) -> tuple[ET.Element, Place]:
     name = _raw_name(root) if root is not None else None
     if root is None or name is None:
         raise InputError(f"{path}: not an EMPAD header: no <raw_file filename=...> in it")
-    return root, path.with_name(name)
+    raw = path.with_name(name)
+    whole = _whole_name(root)
+    if whole != name and not raw.exists() and find(path, whole).exists():
+        raw = Named(path, follow_links).locate(path, whole)
+    return root, raw
 
 
 def _parse(path: Place) -> ET.Element | None:
@@ -154,9 +167,14 @@ def _parse(path: Place) -> ET.Element | None:
 
 def _raw_name(root: ET.Element) -> str | None:
     """Name of the .raw; what stands before it is a folder of the camera's computer."""
-    element = root.find("raw_file")
-    name = element.get("filename", "").replace("\\", "/").rsplit("/", 1)[-1].strip() if element is not None else ""
+    name = _whole_name(root).rsplit("/", 1)[-1].strip()
     return name if name not in ("", ".", "..") and "\0" not in name else None
+
+
+def _whole_name(root: ET.Element) -> str:
+    """The .raw with its folder, as the .xml gives it."""
+    element = root.find("raw_file")
+    return "" if element is None else element.get("filename", "").replace("\\", "/").strip()
 
 
 def _naming(raw: Place) -> list[Place]:
