@@ -85,7 +85,7 @@ def test_what_a_superblock_may_not_say(tmp_path, data):
                     gpuem.open(path)
         for size in (8, 12, 20, 40):
             path.write_bytes(whole[:size])
-            with pytest.raises(InputError, match="cut off within its header|is unknown|are known"):
+            with pytest.raises(InputError, match=r"cut off within its header|is unknown|are known"):
                 gpuem.open(path)
 
 
@@ -134,7 +134,7 @@ def test_a_virtual_data_set_that_takes_frames_from_itself(tmp_path, data, name):
         file["data"] = data
     virtual(tmp_path / "a.h5", ("plain.h5", "data"), (name, "frames"))
     for options in ({}, {"fit": True}, {"dataset": "frames"}, {"follow_links": True}):
-        with pytest.raises(InputError, match="takes frames from itself: .*frames -> .*frames"):
+        with pytest.raises(InputError, match=r"takes frames from itself: .*frames -> .*frames"):
             gpuem.open(tmp_path / "a.h5", **options)
 
 
@@ -145,12 +145,12 @@ def test_circles_over_several_files_links_and_numbered_names(tmp_path, data):
         gpuem.open(tmp_path / "0.h5")
     with h5py.File(tmp_path / "master.h5", "w") as file:
         file["entry/data/data_000001"] = h5py.ExternalLink("3.h5", "frames")
-    with pytest.raises(InputError, match="takes frames from itself"):
+    with pytest.raises(InputError, match=r"takes frames from itself"):
         gpuem.open(tmp_path / "master.h5", fit=True)
     with h5py.File(tmp_path / "soft.h5", "w") as file:
         file["way"] = h5py.SoftLink("/frames")
     virtual(tmp_path / "soft.h5", ("soft.h5", "way"))
-    with pytest.raises(InputError, match="takes frames from itself"):
+    with pytest.raises(InputError, match=r"takes frames from itself"):
         gpuem.open(tmp_path / "soft.h5")
     space = h5py.h5s.create_simple((6, 8, 9), (h5py.h5s.UNLIMITED, 8, 9))
     space.select_hyperslab((0, 0, 0), (h5py.h5s.UNLIMITED, 1, 1), (3, 1, 1), (3, 8, 9))
@@ -159,7 +159,7 @@ def test_circles_over_several_files_links_and_numbered_names(tmp_path, data):
         plist.set_virtual(space, name.encode(), dset, h5py.h5s.create_simple((3, 8, 9)))
         with h5py.File(tmp_path / f"n{number}.h5", "w", libver="latest") as file:
             h5py.h5d.create(file.id, dset.replace(b"%b", b"0"), h5py.h5t.STD_U16LE, space, plist)
-        with pytest.raises(InputError, match="takes frames from itself"):
+        with pytest.raises(InputError, match=r"takes frames from itself"):
             gpuem.open(tmp_path / f"n{number}.h5", dataset=dset.decode().replace("%b", "0"))
 
 
@@ -177,7 +177,7 @@ def test_links_in_a_circle(tmp_path):
         file["y"] = h5py.SoftLink("/x")
         file["far"] = h5py.ExternalLink("a.h5", "/far")
         file["up/again"] = file["/"]
-    with pytest.raises(InputError, match="frames lie in other files|no dataset"):
+    with pytest.raises(InputError, match=r"frames lie in other files|no dataset"):
         gpuem.open(tmp_path / "a.h5")
     with pytest.raises(gpuem.RecipeError, match="no dataset 'far'"):
         gpuem.open(tmp_path / "a.h5", dataset="far")
@@ -227,7 +227,7 @@ def test_data_files_of_a_master_that_are_no_hdf5(tmp_path, data):
         file["entry/data/data"] = data
     for content in (b"", b"text", whole[: len(whole) // 2], whole[:48], whole):
         (tmp_path / "x_data_2.h5").write_bytes(content)
-        with pytest.raises(InputError, match="data_000002 lies in .*, which is damaged or without the dataset"):
+        with pytest.raises(InputError, match=r"data_000002 lies in .*, which is damaged or without the dataset"):
             gpuem.open(tmp_path / "x_master.h5")
         assert np.array_equal(gpuem.open(tmp_path / "x_master.h5", fit=True)[:6], data)
 

@@ -120,7 +120,7 @@ def _ask(path: Path, request: bytes) -> tuple[bool, Any]:
             return found
         if asleep:
             raise InputError(
-                f"{path}: HDF5 waits for tables that don't come; the file is cut off, or its writer is gone: copy it again"
+                f"{path}: HDF5 waits for tables that don't come: the file is cut off or its writer gone; copy it again"
             )
         status = process.wait()
         if status == -getattr(signal, "SIGHUP", 0):
