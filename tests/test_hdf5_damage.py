@@ -225,9 +225,10 @@ def test_data_files_of_a_master_that_are_no_hdf5(tmp_path, data):
     whole = growing(tmp_path / "x_data_1.h5", data)
     with h5py.File(tmp_path / "x_data_1.h5", "w") as file:
         file["entry/data/data"] = data
-    for content in (b"", b"text", whole[: len(whole) // 2], whole[:48], whole):
+    half = whole[: len(whole) // 2]
+    for content, why in ((b"", "0 bytes"), (b"text", "not an HDF5"), (half, "cut off: it has"), (whole, "")):
         (tmp_path / "x_data_2.h5").write_bytes(content)
-        with pytest.raises(InputError, match=r"data_000002 lies in .*, which is damaged or without the dataset"):
+        with pytest.raises(InputError, match=f"data_000002 lies in .*, which is damaged or without the dataset.*{why}"):
             gpuem.open(tmp_path / "x_master.h5")
         assert np.array_equal(gpuem.open(tmp_path / "x_master.h5", fit=True)[:6], data)
 

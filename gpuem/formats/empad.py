@@ -44,11 +44,7 @@ def claims(path: Place) -> bool:
 
 
 def read_header(
-    paths: tuple[Place, ...],
-    *,
-    scan: tuple[int, int] | None = None,
-    fit: bool = False,
-    follow_links: bool = False,
+    paths: tuple[Place, ...], *, scan: tuple[int, int] | None = None, fit: bool = False, follow_links: bool = False
 ) -> Source:
     """Describe an EMPAD acquisition.
 
@@ -98,18 +94,8 @@ def read_header(
     count = min(whole, frames)
     piece = Piece(0, (count,), Runs.one(0, count, _STRIDE, _FRAME_BYTES), _STORED)
     metadata = _metadata(root)
-    return Source(
-        "empad",
-        (file,),
-        (piece,),
-        frames,
-        FRAME,
-        _STORED.newbyteorder("="),
-        shape,
-        detector=_detector(metadata),
-        metadata=metadata,
-        notes=tuple(notes),
-    )
+    more: dict[str, Any] = {"detector": _detector(metadata), "metadata": metadata, "notes": tuple(notes)}
+    return Source("empad", (file,), (piece,), frames, FRAME, _STORED.newbyteorder("="), shape, **more)
 
 
 def _check(path: Place, file: File, shape: tuple[int, ...], whole: int, rest: int, fit: bool) -> list[str]:
