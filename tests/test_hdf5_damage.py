@@ -250,3 +250,12 @@ def test_damaged_files_end_in_errors_of_gpuem(tmp_path):
 @pytest.mark.slow
 def test_thousands_of_damaged_files_end_in_errors_of_gpuem(tmp_path):
     surviving(4000, 12, tmp_path)
+
+
+def test_a_filter_of_elements_without_a_size(tmp_path):
+    from gpuem.codecs import chunks
+    from gpuem.errors import DataError
+    from gpuem.formats.source import Step
+
+    with pytest.raises(DataError, match="elements of 0 bytes"):
+        chunks.decode((Step("shuffle", (0,)),), 0, np.zeros(8, np.uint8), 8)
