@@ -29,7 +29,7 @@ from gpuem.errors import GpuemError, InputError
 log = logging.getLogger("gpuem")
 IDLE_SECONDS = 60
 # of the processor, for the tables of one file: those of a million chunks take some seconds, and many bytes
-CPU_SECONDS = 5
+CPU_SECONDS = 3
 CPU_BYTES_PER_SECOND = 5_000_000
 # in naps, as HDF5 waits for tables that never come; or waiting for something else that is no disk
 NAP_SECONDS = 10
