@@ -71,7 +71,7 @@ Whole = Annotated[
 ]
 
 
-def expand(places: Iterable[Place], format: str | None = None) -> list[Place]:  # noqa: A002
+def expand(places: Iterable[Place], format: str | None = None, *, follow_links: bool = False) -> list[Place]:  # noqa: A002
     """The data sets that files, URLs and patterns name: sorted within a pattern, each once.
 
     Numbered files of a series, a header and its data, a master file and what it links are one data set.
@@ -83,6 +83,8 @@ def expand(places: Iterable[Place], format: str | None = None) -> list[Place]:  
         stands for folders at any depth.
     format : str
         Of the files, where it is said; else patterns find only files whose names say that they can be read.
+    follow_links : bool
+        Whether a file may name another one outside its folder as a part of its data set.
 
     Raises
     ------
@@ -97,7 +99,7 @@ def expand(places: Iterable[Place], format: str | None = None) -> list[Place]:  
         several = _matches(folder, pattern, format) if isinstance(folder, Path) and pattern else [place]
         for one in several:
             found.setdefault(_key(one), one)
-    return _without_parts(list(found.values()), format)
+    return _without_parts(list(found.values()), format, follow_links)
 
 
 def split(path: Path) -> tuple[Path, str]:
@@ -219,7 +221,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
-def _without_parts(places: list[Place], format: str | None) -> list[Place]:  # noqa: A002
+def _without_parts(places: list[Place], format: str | None, follow_links: bool) -> list[Place]:  # noqa: A002
     """Data sets among files, in their order: what belongs to another one is left out."""
     paths = {_key(place): place for place in places if isinstance(place, Path)}
     series = Counter(_series(path) for path in paths.values())
@@ -229,7 +231,7 @@ def _without_parts(places: list[Place], format: str | None) -> list[Place]:  # n
             continue
         # who stands alone needs no look into its header
         alone = series[_series(path)] == 1
-        parts = [] if alone else [part for part in _parts(path, paths.values(), format) if part in paths]
+        parts = [] if alone else [part for part in _parts(path, paths.values(), format, follow_links) if part in paths]
         if any(part in taken for part in parts):
             # a header whose data had their turn
             taken[key] = next(taken[part] for part in parts if part in taken)
@@ -267,7 +269,7 @@ def _turn(path: Path, format: str | None) -> int:  # noqa: A002
     return 2 if suffix == ".hdr" else 1
 
 
-def _parts(path: Path, others: Iterable[Path], format: str | None) -> list[str]:  # noqa: A002
+def _parts(path: Path, others: Iterable[Path], format: str | None, follow_links: bool) -> list[str]:  # noqa: A002
     """The files of a data set, in its order, as far as its header says so at once."""
     kind = _kind(path, format)
     if kind == "hdf5" and path.stem.endswith(_MASTER):
@@ -278,7 +280,9 @@ def _parts(path: Path, others: Iterable[Path], format: str | None) -> list[str]:
     # an .xml may not say the scan; any will do to learn which file it names
     scan = (1, 1) if path.suffix.lower() == ".xml" else None
     try:
-        return [_key(file.path) for file in read_header((path,), format, scan, fit=True).files]
+        return [
+            _key(file.path) for file in read_header((path,), format, scan, follow_links=follow_links, fit=True).files
+        ]
     except (GpuemError, OSError):
         # it will be told when its turn comes to run
         return []

@@ -226,8 +226,7 @@ def open(  # noqa: A001
         Machines that have the files on their own disks, too, and are to read them there: ``hosts`` (patterns of their
         names), ``folder``, and ``files`` (patterns of file names) where it isn't all.
     follow_links : bool
-        Read also files outside the folder of `path` where the file names them: external links, sources of virtual data
-        sets and raw files of HDF5. Otherwise they are refused. Symbolic links in the folder are followed in any case.
+        Read also files outside the folder that a file of `path` names (HDF5, EMPAD); else they are refused.
     **options
         What the format needs to be told, such as ``frame``, ``dtype``, ``offset``, ``header``, ``footer`` for raw and
         ``dataset`` for HDF5.

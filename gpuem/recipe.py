@@ -340,9 +340,9 @@ def _found(recipe: Recipe) -> Recipe:
     """The recipe with the data sets that its patterns find."""
     data = recipe.input
     if data.each is not None:
-        each = data_sets.expand(data.each, data.format)
+        each = data_sets.expand(data.each, data.format, follow_links=data.follow_links)
     elif isinstance(data.path, Path) and data_sets.split(data.path)[1]:
-        each = data_sets.expand([data.path], data.format)
+        each = data_sets.expand([data.path], data.format, follow_links=data.follow_links)
     else:
         return recipe
     return recipe.model_copy(update={"input": data.model_copy(update={"path": [], "each": each})})

@@ -252,7 +252,20 @@ def gzip():
     return {"compression": "gzip"}
 
 
-@pytest.mark.parametrize("filters", [bitshuffle, lz4, gzip])
+def checksum():
+    return {"fletcher32": True}
+
+
+def shuffle_checksum():
+    return {"fletcher32": True, "shuffle": True}
+
+
+def bitshuffle_checksum():
+    return {**bitshuffle(), "fletcher32": True}
+
+
+# behind a checksum the damaged bytes decode, to other pixels
+@pytest.mark.parametrize("filters", [bitshuffle, lz4, gzip, checksum, shuffle_checksum, bitshuffle_checksum])
 def test_broken_chunks_are_told_or_masked(device, small_tiles, tmp_path, filters):
     import h5py
 

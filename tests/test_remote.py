@@ -535,6 +535,10 @@ def test_a_link_to_another_file_is_not_looked_for_in_this_one(web):
         file["x/small"] = np.zeros((2, 4))
         file["x/frames"] = h5py.ExternalLink("other.h5", "x/small")
         file["y"] = h5py.ExternalLink("other.h5", "x/frames")
+    ds = gpuem.open(f"{web.url}/a.h5")
+    assert {str(file.path) for file in ds.source.files} == {f"{web.url}/other.h5"}
+    assert np.array_equal(ds[...], reference.planted((3, 8, 9), "u2"))
+    os.remove("other.h5")
     with pytest.raises(InputError, match=r"lie in other files.*other\.h5"):
         gpuem.open(f"{web.url}/a.h5")
 

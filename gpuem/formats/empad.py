@@ -17,6 +17,7 @@ import numpy as np
 
 from gpuem.axes import Axis, calibrate, detector_axes
 from gpuem.errors import InputError, TruncatedError
+from gpuem.formats.named import Named, find
 from gpuem.formats.remote import Place, beside
 from gpuem.formats.source import File, Piece, Runs, Source
 
@@ -43,7 +44,9 @@ def claims(path: Place) -> bool:
     return path.suffix.lower() == ".raw" and bool(_naming(path))
 
 
-def read_header(paths: tuple[Place, ...], *, scan: tuple[int, int] | None = None, fit: bool = False) -> Source:
+def read_header(
+    paths: tuple[Place, ...], *, scan: tuple[int, int] | None = None, fit: bool = False, follow_links: bool = False
+) -> Source:
     """Describe an EMPAD acquisition.
 
     Parameters
@@ -54,6 +57,8 @@ def read_header(paths: tuple[Place, ...], *, scan: tuple[int, int] | None = None
         Scan shape (y, x), where the .xml is wrong or missing.
     fit : bool
         Go on with the whole frames of a file that is too short for the scan, or leave out what it has too many.
+    follow_links : bool
+        Where no .raw of that name lies beside the .xml, read the one at the whole path that the .xml gives.
 
     Returns
     -------
@@ -71,7 +76,7 @@ def read_header(paths: tuple[Place, ...], *, scan: tuple[int, int] | None = None
         The .raw ends within a frame or before the scan does.
     """
     (path,) = paths
-    root, raw, notes = _open(path)
+    root, raw, notes = _open(path, follow_links)
     try:
         file = File.of(raw)
     except OSError as error:
@@ -88,18 +93,8 @@ def read_header(paths: tuple[Place, ...], *, scan: tuple[int, int] | None = None
     count = min(whole, frames)
     piece = Piece(0, (count,), Runs.one(0, count, _STRIDE, _FRAME_BYTES), _STORED)
     metadata = _metadata(root, shape) if root is not None else {}
-    return Source(
-        "empad",
-        (file,),
-        (piece,),
-        frames,
-        FRAME,
-        _STORED.newbyteorder("="),
-        shape,
-        detector=_detector(metadata),
-        metadata=metadata,
-        notes=tuple(notes),
-    )
+    more: dict[str, Any] = {"detector": _detector(metadata), "metadata": metadata, "notes": tuple(notes)}
+    return Source("empad", (file,), (piece,), frames, FRAME, _STORED.newbyteorder("="), shape, **more)
 
 
 def _check(path: Place, file: File, shape: tuple[int, ...], whole: int, rest: int, fit: bool) -> list[str]:
@@ -120,8 +115,8 @@ def _check(path: Place, file: File, shape: tuple[int, ...], whole: int, rest: in
     raise InputError(f"{message}; give scan = [y, x], or set fit = true to leave out the last {whole - frames}")
 
 
-def _open(path: Place) -> tuple[ET.Element | None, Place, list[str]]:
-    """The .xml's root (None where there is no .xml), the .raw, and notes."""
+def _open(path: Place, follow_links: bool) -> tuple[ET.Element | None, Place, list[str]]:
+    """The .xml's root (None where there is no .xml), the .raw, and notes; refuses a .raw that may not be read."""
     if path.suffix.lower() != ".xml":
         named = _naming(path)
         if len(named) > 1:
@@ -137,7 +132,9 @@ def _open(path: Place) -> tuple[ET.Element | None, Place, list[str]]:
     name = _raw_name(root) if root is not None else None
     if root is None or name is None:
         raise InputError(f"{path}: not an EMPAD header: no <raw_file filename=...> in it")
-    raw, renamed = path.with_name(name), path.with_suffix(".raw")
+    raw, renamed, whole = path.with_name(name), path.with_suffix(".raw"), _whole_name(root)
+    if not raw.is_file() and whole != name and find(path, whole).exists():
+        return root, Named(path, follow_links).locate(path, whole), []
     if not raw.is_file() and renamed.is_file():
         return root, renamed, [f"{path}: names {name}, which is missing; {renamed.name} of the same name as it is read"]
     return root, raw, []
@@ -158,9 +155,14 @@ def _parse(path: Place) -> ET.Element | None:
 
 def _raw_name(root: ET.Element) -> str | None:
     """Name of the .raw; what stands before it is a folder of the camera's computer."""
-    element = root.find("raw_file")
-    name = element.get("filename", "").replace("\\", "/").rsplit("/", 1)[-1].strip() if element is not None else ""
+    name = _whole_name(root).rsplit("/", 1)[-1].strip()
     return name if name not in ("", ".", "..") and "\0" not in name else None
+
+
+def _whole_name(root: ET.Element) -> str:
+    """The .raw with its folder, as the .xml gives it."""
+    element = root.find("raw_file")
+    return "" if element is None else element.get("filename", "").replace("\\", "/").strip()
 
 
 def _naming(raw: Place) -> list[Place]:

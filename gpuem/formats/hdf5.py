@@ -218,13 +218,13 @@ def _series(file: Any, dataset: str | None, links: Links) -> list[tuple[str, Any
 
 
 def _followed(file: Any, name: str, links: Links) -> Any:
-    """The dataset that a link of a master leads to, None where there is none that can be opened."""
+    """The dataset that a link of a master leads to; None where there is none, the error where it can't be opened."""
     try:
         return links.get(file["/"], name)
     except RefusedError:
         raise
-    except InputError:
-        return None
+    except InputError as error:
+        return error
 
 
 def _read_series(file: Any, series: list[tuple[str, Any, Any]], links: Links, fit: bool) -> Source:
@@ -238,9 +238,10 @@ def _read_series(file: Any, series: list[tuple[str, Any, Any]], links: Links, fi
     first: Any = None
     start, usual, gap = 0, 0, False
     for name, link, dset in series:
-        if dset is None:
-            target = beside(file["/"], link.filename) if hasattr(link, "filename") else link.path
+        if dset is None or isinstance(dset, InputError):
+            target = beside(file["/"], link.filename) if hasattr(link, "filename") else getattr(link, "path", name)
             why = "damaged or without the dataset" if not isinstance(target, str) and target.is_file() else "missing"
+            why += f" ({dset})" if dset is not None else ""
             message = f"{path}: {name} lies in {target}, which is {why}"
             if not fit:
                 raise InputError(f"{message}; set fit = true to go on without its frames")

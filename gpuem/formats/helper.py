@@ -29,10 +29,11 @@ from gpuem.errors import GpuemError, InputError
 log = logging.getLogger("gpuem")
 IDLE_SECONDS = 60
 # of the processor, for the tables of one file: those of a million chunks take some seconds, and many bytes
-CPU_SECONDS = 5
+CPU_SECONDS = 3
 CPU_BYTES_PER_SECOND = 5_000_000
-# asleep so long, neither computing nor waiting for a disk: HDF5 waits so for tables that never come
-ASLEEP_SECONDS = 30
+# in naps, as HDF5 waits for tables that never come; or waiting for something else that is no disk
+NAP_SECONDS = 10
+ASLEEP_SECONDS = 120
 _HEADER = struct.Struct("<Q")
 _START = "import sys; sys.path[:] = sys.argv[1:]; from gpuem.formats.helper import serve; serve()"
 _REMEDY = "the file is damaged: copy it again, or repair it with the tools of HDF5"
@@ -118,7 +119,9 @@ def _ask(path: Path, request: bytes) -> tuple[bool, Any]:
             found: tuple[bool, Any] = pickle.loads(answer)
             return found
         if asleep:
-            raise InputError(f"{path}: HDF5 waits for tables that never come (for {ASLEEP_SECONDS} s); {_REMEDY}")
+            raise InputError(
+                f"{path}: HDF5 waits for tables that don't come: the file is cut off or its writer gone; copy it again"
+            )
         status = process.wait()
         if status == -getattr(signal, "SIGHUP", 0):
             # the thread that started it has ended
@@ -172,7 +175,7 @@ def _wait(process: subprocess.Popen[bytes]) -> bool:
         now = _activity(process.pid)
         asleep = asleep + 1 if now and now == before else 0
         before = now
-        if asleep >= ASLEEP_SECONDS:
+        if asleep >= (NAP_SECONDS if "nanosleep" in now else ASLEEP_SECONDS):
             return True
     return False
 
@@ -181,7 +184,7 @@ def _activity(pid: int) -> str:
     """What changes when a sleeping process has done anything; empty where it isn't asleep, or that can't be known."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        counts = Path(f"/proc/{pid}/io").read_text()
+        counts = Path(f"/proc/{pid}/io").read_text() + Path(f"/proc/{pid}/wchan").read_text()
     except (OSError, ValueError):
         return ""
     # a process that waits for a disk is in state D
