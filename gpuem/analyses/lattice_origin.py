@@ -284,7 +284,8 @@ def _tilted(g: Array, d: Array, error: Array) -> tuple[Array, float]:
     radius = float(np.sqrt((g**2).sum(axis=1).mean()))
     for _ in range(8):
         w = weight * robust
-        solved = np.linalg.solve((g * w[:, None]).T @ g + (radius / _TILT) ** 2 * np.eye(2), (g * w[:, None]).T @ d)
+        normal = (g * w[:, None]).T @ g + (radius / _TILT) ** 2 * np.eye(2)
+        solved = np.asarray(np.linalg.solve(normal, (g * w[:, None]).T @ d), np.float64)
         off = d - g @ solved
         scale = max(1.48 * float(np.median(np.abs(off))), _ALIKE)
         robust = np.asarray(1 / (1 + (off / (2 * scale)) ** 2), np.float64)
