@@ -277,16 +277,18 @@ def _tilted(g: Array, d: Array, error: Array) -> tuple[Array, float]:
     """What a tilt of the crystal leaves of the differences, and the tilt as their size at the edge of the pattern."""
     if len(d) < 3:
         return d, 0.0
-    weight, solved = 1 / (_ALIKE**2 + error**2), np.zeros(2)
+    weight = 1 / (_ALIKE**2 + error**2)
+    solved: Array = np.zeros(2)
     robust: Array = np.ones(len(d))
     # the prior that there is none keeps it from following what it can't tell
     radius = float(np.sqrt((g**2).sum(axis=1).mean()))
     for _ in range(8):
         w = weight * robust
-        solved = np.linalg.solve((g * w[:, None]).T @ g + (radius / _TILT) ** 2 * np.eye(2), (g * w[:, None]).T @ d)
+        normal = (g * w[:, None]).T @ g + (radius / _TILT) ** 2 * np.eye(2)
+        solved = np.asarray(np.linalg.solve(normal, (g * w[:, None]).T @ d), np.float64)
         off = d - g @ solved
         scale = max(1.48 * float(np.median(np.abs(off))), _ALIKE)
-        robust = 1 / (1 + (off / (2 * scale)) ** 2)
+        robust = np.asarray(1 / (1 + (off / (2 * scale)) ** 2), np.float64)
     return d - g @ solved, float(np.hypot(*solved)) * radius
 
 

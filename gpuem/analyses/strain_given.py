@@ -66,7 +66,7 @@ def given_lattices(
         found = []
     taken = [_as_given(asked, basis, found, sample, probe, good) for basis in bases]
     shown = [np.array([lattice.a, lattice.b]) for lattice in taken]
-    others = [f for f in found if all(_steps(basis, _basis(f)) is None for basis in shown)]
+    others = [f for f in found if not any(_same(_steps(basis, _basis(f))) for basis in shown)]
     return taken + [replace(other, kind="second") for other in others[:1]]
 
 
@@ -78,7 +78,7 @@ def _as_given(
     for same in (True, False):
         for lattice in found:
             steps = _steps(basis, _basis(lattice))
-            if steps is None or (abs(abs(np.linalg.det(steps)) - 1) < 0.1) != same:
+            if steps is None or _same(steps) != same:
                 continue
             # a second choice may be chance, and so all the more what is a part of it
             if same or lattice.kind == "grain":
@@ -128,6 +128,11 @@ def _steps(basis: Array, found: Array) -> Array | None:
         if near and abs(np.linalg.det(whole)) > 0.5:
             return np.asarray(np.linalg.inv(whole) if invert else whole, np.float64)
     return None
+
+
+def _same(steps: Array | None) -> bool:
+    """Whether steps lead to the same lattice and not to a part of it."""
+    return steps is not None and abs(abs(float(np.linalg.det(steps))) - 1) < 0.1
 
 
 def _refuse_other(
