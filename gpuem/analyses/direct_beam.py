@@ -47,6 +47,9 @@ RIVAL = 0.75
 FEW = 16
 """Fewer frames do not tell their own scatter."""
 
+FINEST = 0.002
+"""No centre is said to be better known than this, in px: pixels are not points."""
+
 _SEARCH = 128
 """Frames with more pixels along an axis are binned for the search."""
 
@@ -360,8 +363,9 @@ def _by_symmetry(frames: NDArray[Any], mean: Array, good: Mask, symmetric: tuple
 def _uncertainty(frames: NDArray[Any], fit: Fit, noise: Array, coordinates: NDArray[Any] | None) -> tuple[Pair, Pair]:
     """One standard error of the centre, and how far the beam wanders from frame to frame; (y, x) each."""
     n = len(frames)
+    pixel = math.hypot(fit.pixel, FINEST)
     if fit.error is None:
-        floor = np.hypot(np.sqrt((fit.weights**2 * noise[fit.y, fit.x]).sum(axis=1)), fit.pixel)
+        floor = np.hypot(np.sqrt((fit.weights**2 * noise[fit.y, fit.x]).sum(axis=1)), pixel)
     else:
         floor = fit.error
     whole, halves = np.empty((n, 2)), np.empty((n, 2, 2))
@@ -375,7 +379,7 @@ def _uncertainty(frames: NDArray[Any], fit: Fit, noise: Array, coordinates: NDAr
     design = np.column_stack([np.ones(n), (where - where.mean(axis=0)) / np.maximum(np.ptp(where, axis=0), 1)])
     left = whole - design @ np.linalg.lstsq(design, whole, rcond=None)[0]
     free = max(n - np.linalg.matrix_rank(design), 1)
-    error = np.hypot(np.sqrt((left**2).sum(axis=0) / free / n), fit.pixel)
+    error = np.hypot(np.sqrt((left**2).sum(axis=0) / free / n), pixel)
     if fit.error is not None:
         error = np.maximum(error, floor)
     centred = halves - halves.mean(axis=0)
