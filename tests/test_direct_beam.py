@@ -160,7 +160,9 @@ def test_multislice_pattern_has_its_centre_where_the_simulation_put_it():
 
 
 def test_real_scan_gives_the_same_centre_in_parts():
-    frames = gpuem.open(sample_data() / "real4d" / "rotavirus_crop64x64_bin2_128x128_u16.h5")[::16].reshape(-1, 128, 128)
+    frames = gpuem.open(sample_data() / "real4d" / "rotavirus_crop64x64_bin2_128x128_u16.h5")[::16].reshape(
+        -1, 128, 128
+    )
     parts = [measure_direct_beam(frames[k::4]) for k in range(2)]
     centers = np.array([part.center for part in parts])
     assert np.ptp(centers, axis=0).max() < 4 * max(parts[0].sigma)

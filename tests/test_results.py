@@ -140,7 +140,7 @@ def test_pictures(found):
     from matplotlib.image import imread
 
     paths = plot.save_previews(found, Path("pictures"))
-    assert [p.name for p in paths] == ["sum.png", "adf.png", "com.png"]
+    assert [p.name for p in paths] == ["sum.png", "adf.png", "com.png", "sum.detectors.png"]
     for path in paths:
         assert imread(path).std() > 0.05
     # constant, empty and one-line maps must not break a run at its very end
