@@ -147,5 +147,5 @@ def test_pictures(found):
     flat = gpuem.run(np.zeros((4, 5, 6, 7), "u1"), [gpuem.Sum(), gpuem.VirtualDetector(outer=2)])
     plot.save_previews(flat, Path("pictures"))
     line = gpuem.run(np.ones((40, 6, 7), "u1"), [gpuem.Sum(), gpuem.VirtualDetector(outer=2)])
-    assert [p.name for p in plot.save_previews(line, Path("pictures"))] == ["sum.png"]
-    assert sorted(os.listdir("pictures")) == ["sum.png"]
+    assert [p.name for p in plot.save_previews(line, Path("pictures"))] == ["sum.png", "sum.detectors.png"]
+    assert sorted(os.listdir("pictures")) == ["sum.detectors.png", "sum.png"]
