@@ -224,7 +224,7 @@ def test_auto_without_a_beam_is_an_error_with_numbers():
         gpuem.CenterOfMass(center="auto").center_in(gpuem.job.view_of(gpuem.dataset.of_array(noise)))
 
 
-def test_a_default_centre_beside_the_beam_is_a_warning(tmp_path, caplog):
+def test_a_default_centre_beside_the_beam_is_a_warning(tmp_path, caplog, monkeypatch):
     frames = counted(disk((28.2, 20.1), 8) + 0.02, 2e3, 36).reshape(6, 6, *BOX)
     np.save(tmp_path / "a.npy", frames)
     ds = gpuem.open(tmp_path / "a.npy")
@@ -237,6 +237,13 @@ def test_a_default_centre_beside_the_beam_is_a_warning(tmp_path, caplog):
         in (caplog.messages[0])
     )
     assert 'give center or center = "auto"' in caplog.messages[0]
+    # where all frames are summed nothing is read for it
+    caplog.clear()
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "gpuem"):
+        patch.setattr("gpuem.look.sample", None)
+        gpuem.run(ds, [adf, gpuem.Sum()])
+    assert len(caplog.messages) == 1
+    assert "the direct beam is measured at (28.2, 20.1) +- 0." in caplog.messages[0]
     caplog.clear()
     with caplog.at_level(logging.WARNING, "gpuem"):
         gpuem.run(ds, [adf.model_copy(update={"center": (28.0, 20.0)}), gpuem.CenterOfMass(compatible="libertem")])
