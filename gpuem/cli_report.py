@@ -37,7 +37,7 @@ def check_one(asked: Recipe) -> None:
     analyses, prepared = job.begin(ds, asked.analysis, asked.run, asked.input.roi, seen)
     describe_data(ds)
     _describe_plan(asked, ds, prepared)
-    _show_places(analyses, job.view_of(ds), seen, why, asked.output.path)
+    _show_places(analyses, sampling.view_of(ds), seen, why, asked.output.path)
     looked = [analysis for analysis in analyses if isinstance(analysis, StrainFit)]
     for analysis in looked:
         _show_look(analysis, asked.output.path)
@@ -253,11 +253,11 @@ def report(found: Results, where: Path) -> None:
                 )
     beams = {item.attributes["direct_beam_y"]: item.attributes for item in found.maps.values()
              if "direct_beam_y" in item.attributes}  # fmt: skip
-    for facts in beams.values():
+    for beam in beams.values():
         out.print(
-            f"direct beam      ({facts['direct_beam_y']:.2f}, {facts['direct_beam_x']:.2f}) +- "
-            f"({facts['direct_beam_sigma_y']:.2g}, {facts['direct_beam_sigma_x']:.2g}) px (y, x), "
-            f"radius {facts['direct_beam_radius']:.2f} px"
+            f"direct beam      ({beam['direct_beam_y']:.2f}, {beam['direct_beam_x']:.2f}) +- "
+            f"({beam['direct_beam_sigma_y']:.2g}, {beam['direct_beam_sigma_x']:.2g}) px (y, x), "
+            f"radius {beam['direct_beam_radius']:.2f} px"
         )
     out.print(f"result           {escape(str(where))}")
 

@@ -149,6 +149,8 @@ def _run(
         resolved, job = _begin_kept(ds, analyses, options, roi, crew, kept, resume)
         totals = keeping.run(job, crew, kept, progress)
     maps = finish(view_of(ds), resolved, job, totals)
+    if sum(job.weights, Weights()).total and not frames_wanted(ds, analyses):
+        sampling.glance_at_sum(view_of(ds), resolved, totals.sums.total, int(totals.valid.sum()))
     facts = provenance(ds, analyses, job, totals, time.perf_counter() - started)
     facts["roi"] = summary(job.wanted, roi)
     if kept is not None:

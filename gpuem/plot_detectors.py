@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gpuem.analyses.direct_beam import DirectBeam
 
 _COLORS = ("deepskyblue", "lime", "orange", "violet", "yellow", "tomato", "turquoise", "white")
-_BEAM = "red"
+_BEAM = "#ff4040"
 # lines of text beside the picture
 _MOST_LINES = 30
 
@@ -69,7 +69,7 @@ def detectors_figure(mean: NDArray[Any], places: Mapping[str, Place], beam: Dire
         lines += [("direct beam (red +)", _BEAM), (f"  ({y:.2f}, {x:.2f}) +- {max(sigma):.2g} px", _BEAM),
                   (f"  radius {radius:.2f} px (dotted)", _BEAM)]  # fmt: skip
     for k, (text, color) in enumerate(lines[:_MOST_LINES]):
-        patch = {"facecolor": "0.25", "edgecolor": "none", "pad": 1.5}
+        patch = {"facecolor": "black", "edgecolor": "none", "pad": 1.5}
         figure.text(
             left, top - k * 1.35 * step, text, color=color, fontsize=8.5, family="monospace", va="top", bbox=patch
         )

@@ -392,7 +392,8 @@ def _known(loc: tuple[Any, ...]) -> list[str]:
     if len(loc) == 1:
         return list(Recipe.model_fields)
     if loc[0] == "analysis":
-        return list(KINDS[loc[2]].model_fields)
+        # what a look at the data adds is not for recipes
+        return [name for name in KINDS[loc[2]].model_fields if name != "measured"]
     sections: dict[str, type[BaseModel]] = {
         "input": Input, "calibration": Calibration, "correction": Correction, "run": Run, "output": Output
     }  # fmt: skip

@@ -47,7 +47,8 @@ def chosen(frame=FRAME, dtype="u2", seed=0):
         gpuem.VirtualDetector(name="ring", center=(2, 3), inner=0.5, outer=2.5),
         gpuem.VirtualDetector(name="mask", shape="mask", mask=mask),
         gpuem.VirtualDetector(name="weights", shape="mask", mask=rng.standard_normal(frame)),
-        gpuem.CenterOfMass(),
+        # reads no sample of floats beforehand: what fails is to fail in the run
+        gpuem.CenterOfMass(compatible="libertem"),
     ]
 
 

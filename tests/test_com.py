@@ -178,3 +178,146 @@ def test_bad_arguments():
         gpuem.run(data, [gpuem.CenterOfMass(radius=5, unit="mrad")])
     with pytest.raises(gpuem.RecipeError, match="covers no pixel"):
         gpuem.run(data, [gpuem.CenterOfMass(radius=0.1)])
+
+
+# ---- frames without counts, and frames that contradict the others
+
+
+def camera(scan=(12, 12), blank=((5, 7),), seed=0, field=None, noise=2.0):
+    """A disk that descan moves on a camera with read noise and an offset of 100; blank frames hold only noise."""
+    rng = np.random.default_rng(seed)
+    i, j = np.indices(scan)
+    y, x = np.indices((40, 40))
+    cy, cx = 19.5 + 0.05 * i, 19.5 - 0.04 * j
+    if field is not None:
+        cy, cx = cy + field[..., 0], cx + field[..., 1]
+    disk = np.clip(8.5 - np.hypot(y - cy[..., None, None], x - cx[..., None, None]), 0, 1)
+    frames = rng.poisson(40 * disk) + rng.normal(100, noise, (*scan, 40, 40))
+    for at in blank:
+        frames[at] = rng.normal(100, noise, (40, 40))
+    return np.rint(frames).astype("u2")
+
+
+def corrected(frames):
+    return gpuem.dataset.of_array(frames).corrected(dark=np.full(frames.shape[2:], 100.0))
+
+
+BLANKS = {
+    "one": [(5, 7)],
+    "some": [(0, 0), (3, 4), (3, 5), (11, 2), (7, 7), (8, 7)],
+    "a line": [(4, j) for j in range(12)],
+    "half": [(i, j) for i in range(12) for j in range(6)],
+}
+
+
+@pytest.mark.parametrize("which", BLANKS)
+@pytest.mark.parametrize("descan", ["plane", "mean"])
+def test_blank_frames_of_a_noisy_camera_are_in_no_fit(which, descan):
+    blank = BLANKS[which]
+    for seed in range(3):
+        ds = corrected(camera(blank=blank, seed=seed))
+        lit = np.ones((12, 12), bool)
+        lit[tuple(np.transpose(blank))] = False
+        found = gpuem.run(ds, gpuem.CenterOfMass(descan=descan, rotation="auto"))
+        alone = gpuem.run(ds, gpuem.CenterOfMass(descan=descan, rotation="auto"), roi=lit)
+        assert np.array_equal(found["com/valid"].data, lit)
+        assert np.array_equal(found["com/regression"].data, alone["com/regression"].data)
+        assert np.array_equal(found["com/field_y"].data[lit], alone["com/field_y"].data[lit])
+        assert (found["com/shift_y"].data[~lit] == 0).all()
+        facts = found["com/field_y"].attributes
+        assert facts["frames_without_counts"] == len(blank)
+        # five times the noise of 1600 pixels of a standard deviation of 2
+        assert facts["least_counts"] == pytest.approx(5 * 40 * 2, rel=0.25)
+        assert facts["least_counts"] < 0.1 * found["com/counts"].data[lit].min()
+
+
+def test_what_is_left_out_is_said(caplog):
+    with caplog.at_level("INFO", "gpuem"):
+        gpuem.run(corrected(camera()), gpuem.CenterOfMass(descan="plane"))
+    assert any("1 of 144 frames have no counts above the noise" in line for line in caplog.messages)
+
+
+def test_dim_frames_are_no_blank_ones():
+    frames = camera(blank=())
+    # a fiftieth of the beam goes through half of the scan: 9 counts in each pixel of noise 2
+    rng = np.random.default_rng(1)
+    y, x = np.indices((40, 40))
+    dim = np.clip(8.5 - np.hypot(y - 19.5, x - 19.5), 0, 1)
+    frames[6:] = np.rint(rng.poisson(4 * dim, (6, 12, 40, 40)) + rng.normal(100, 2, (6, 12, 40, 40)))
+    found = gpuem.run(corrected(frames), gpuem.CenterOfMass())
+    assert found["com/valid"].data.all()
+
+
+@pytest.mark.parametrize("dtype", ["u2", "i4", "f4", "f8"])
+def test_few_electrons_count_whatever_the_type(dtype):
+    # single electrons on a dark detector: every frame that has one has a centre of mass
+    rng = np.random.default_rng(2)
+    data = rng.poisson(0.002, (20, 20, 24, 24)).astype(dtype)
+    found = gpuem.run(data, gpuem.CenterOfMass())
+    assert np.array_equal(found["com/valid"].data, data.sum(axis=(2, 3)) > 0)
+    assert 0.4 < found["com/valid"].data.mean() < 0.9
+
+
+def test_negative_sums_and_a_centre_off_the_detector_are_not_valid():
+    data = np.zeros((1, 3, 5, 5), "i4")
+    data[0, 0, 2, 2] = 7
+    data[0, 1, 2, 2] = -7
+    # 10 in one corner, -9 in the other one: the centre of mass lies 40 px away
+    data[0, 2, 0, 0], data[0, 2, 4, 4] = 10, -9
+    for kind in ("i4", "f8"):
+        found = gpuem.run(data.astype(kind), gpuem.CenterOfMass())
+        assert found["com/valid"].data.tolist() == [[True, False, False]]
+        assert found["com/shift_x"].data.tolist() == [[0, 0, 0]]
+        theirs = gpuem.run(data.astype(kind), gpuem.CenterOfMass(compatible="libertem"))
+        assert theirs["com/valid"].data.all()
+        assert theirs["com/x"].data[0, 2] == -36
+
+
+def test_outliers_hardly_move_a_fit_and_are_counted():
+    ds = camera(blank=(), seed=4)
+    lit = np.ones((12, 12), bool)
+    for at in ((2, 3), (7, 8), (9, 1)):
+        # a frame that somebody else's beam went through
+        ds[at] = np.roll(ds[at], (9, -7), (0, 1))
+        lit[at] = False
+    found = gpuem.run(corrected(ds), gpuem.CenterOfMass(descan="plane", rotation="auto"))
+    alone = gpuem.run(corrected(ds), gpuem.CenterOfMass(descan="plane", rotation="auto"), roi=lit)
+    facts = found["com/field_y"].attributes
+    assert (facts["descan_left_out"], facts["rotation_left_out"]) == (3, 3)
+    assert facts["rotation_deg"] == pytest.approx(alone["com/field_y"].attributes["rotation_deg"], abs=1e-9)
+    assert np.allclose(found["com/regression"].data, alone["com/regression"].data, rtol=0, atol=1e-12)
+    # their own values stay
+    assert found["com/valid"].data.all()
+    assert found["com/shift_y"].data[2, 3] > 5
+
+
+def test_fields_of_atoms_stay_in_all_fits():
+    field = attracted((23, 29))
+    y, x = np.indices((41, 41))
+    frames = np.zeros((23, 29, 41, 41), "u4")
+    for index in np.ndindex(23, 29):
+        # up to 3 px on a beam that nothing else moves
+        cy, cx = 2 * field[index] + 20
+        frames[index] = np.rint(1e4 * np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 18))
+    found = gpuem.run(frames, gpuem.CenterOfMass(descan="plane", rotation="auto"))
+    facts = found["com/field_y"].attributes
+    assert facts["rotation_left_out"] == 0
+    assert abs(facts["rotation_deg"]) < 0.5
+    assert facts["descan_left_out"] < 0.01 * field[..., 0].size
+    shift = np.stack([found[f"com/shift_{axis}"].data.ravel() for axis in "yx"], axis=-1)
+    i, j = np.indices((23, 29))
+    plain = np.linalg.lstsq(np.column_stack([np.ones(i.size), i.ravel(), j.ravel()]), shift, rcond=None)[0]
+    assert np.allclose(turn(plain, facts["rotation_deg"], False), found["com/regression"].data, atol=0.02)
+
+
+@given(seed=st.integers(0, 10**6), width=st.floats(0.01, 5), scan=st.tuples(st.integers(2, 12), st.integers(2, 12)))
+def test_normal_errors_are_fitted_as_by_plain_least_squares(seed, width, scan):
+    from gpuem.analyses.robust import lonely, outliers_of_fit
+
+    rng = np.random.default_rng(seed)
+    y, x = np.indices(scan)
+    design = np.column_stack([np.ones(y.size), y.ravel(), x.ravel()])
+    vectors = design @ rng.normal(0, 1, (3, 2)) + np.clip(rng.normal(0, width, (y.size, 2)), -4 * width, 4 * width)
+    few = y.size < 30
+    assert few or not outliers_of_fit(design, vectors).any()
+    assert few or not lonely(vectors.reshape(*scan, 2)).any()

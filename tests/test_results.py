@@ -140,12 +140,12 @@ def test_pictures(found):
     from matplotlib.image import imread
 
     paths = plot.save_previews(found, Path("pictures"))
-    assert [p.name for p in paths] == ["sum.png", "adf.png", "com.png"]
+    assert [p.name for p in paths] == ["sum.png", "adf.png", "com.png", "sum.detectors.png"]
     for path in paths:
         assert imread(path).std() > 0.05
     # constant, empty and one-line maps must not break a run at its very end
     flat = gpuem.run(np.zeros((4, 5, 6, 7), "u1"), [gpuem.Sum(), gpuem.VirtualDetector(outer=2)])
     plot.save_previews(flat, Path("pictures"))
     line = gpuem.run(np.ones((40, 6, 7), "u1"), [gpuem.Sum(), gpuem.VirtualDetector(outer=2)])
-    assert [p.name for p in plot.save_previews(line, Path("pictures"))] == ["sum.png"]
-    assert sorted(os.listdir("pictures")) == ["sum.png"]
+    assert [p.name for p in plot.save_previews(line, Path("pictures"))] == ["sum.png", "sum.detectors.png"]
+    assert sorted(os.listdir("pictures")) == ["sum.detectors.png", "sum.png"]

@@ -51,7 +51,8 @@ class Fit:
     error : (2,) array or None
         Standard error from what the model leaves of the pixels; the centre of mass has no model.
     pixel : float
-        Error (rms, px) that the pixels' size makes: a beam far smaller than a pixel can be anywhere in it.
+        Error (rms, px) that the frames do not tell: a beam far smaller than a pixel can be anywhere in it, and the rim
+        of a beam stop is not known to the pixel.
     """
 
     center: Pair
@@ -196,7 +197,7 @@ class _Band:
         """The disk, and how its centre follows the pixels."""
         residual, _, design = self.solve(p)
         try:
-            weights = np.linalg.solve(self._normal(design), (design * self.weight[:, None]).T)[:2]
+            weights: Array = np.linalg.solve(self._normal(design), (design * self.weight[:, None]).T)[:2]
             halves = np.zeros((2, *weights.shape))
             for k in range(2):
                 use = (self.y + self.x) % 2 == k
@@ -252,21 +253,16 @@ def fit_mass(mean: Array, good: Mask, center: Pair, radius: float) -> Fit | None
     cut = np.s_[low[0] : max(high[0], low[0]), low[1] : max(high[1], low[1])]
     mean, good = mean[cut], good[cut]
     center = (center[0] - low[0], center[1] - low[1])
+    whole, doubt = good, 0.0
     if reach > 6:
         good = good & ~_dark(mean, good, center, reach)
-    at = np.array(center)
-    height, width = mean.shape
-    y, x = np.mgrid[:height, :width]
-    for _ in range(60):
-        if not (-0.5 <= at[0] <= height - 0.5 and -0.5 <= at[1] <= width - 0.5):
-            return None
-        before, (first, total, _, _) = at, _moment(mean, good, at, reach)
-        at = at + first / max(total, 1e-300)
-        if math.dist(before, at) > 2 * reach or math.dist(at, center) > 3 * radius + 3:
-            return None
-        if math.dist(before, at) < 1e-5:
-            break
-    first, total, window, base = _moment(mean, good, at, reach)
+    at = _settle(mean, good, center, reach, radius)
+    if at is None:
+        return None
+    if not np.array_equal(whole, good) and (other := _settle(mean, whole, center, reach, radius)) is not None:
+        # the rim of a beam stop is not known to the pixel: a third of what leaving it out has changed
+        doubt = math.dist(at, other) / 3
+    _, total, window, base = _moment(mean, good, at, reach)
     if total <= 0 or (window > 0).sum() < 3:
         return None
     # how the condition changes with c: -total for a window that holds all of the beam
@@ -276,9 +272,10 @@ def fit_mass(mean: Array, good: Mask, center: Pair, radius: float) -> Fit | None
         ends = [_moment(mean, good, at + sign * step, reach)[0] for sign in (1, -1)]
         slope[:, k] = ends[0] - ends[1]
     use = window > 0
+    y, x = np.mgrid[: mean.shape[0], : mean.shape[1]]
     lever = np.stack([(y - at[0])[use], (x - at[1])[use]]) * window[use]
     try:
-        weights = -np.linalg.solve(slope, lever)
+        weights: Array = -np.linalg.solve(slope, lever)
     except np.linalg.LinAlgError:
         return None
     if not (np.linalg.eigvalsh(-(slope + slope.T) / 2) > 0.2 * total).all():
@@ -290,7 +287,8 @@ def fit_mass(mean: Array, good: Mask, center: Pair, radius: float) -> Fit | None
     halves = np.stack([2 * weights * even, 2 * weights * ~even])
     return Fit(
         (float(at[0]) + low[0], float(at[1]) + low[1]), math.sqrt(2 * moment), "mass", total, y[use] + low[0],
-        x[use] + low[1], weights, halves, None, _pixel_error(moment / 2 - 1 / 12),
+        x[use] + low[1], weights, halves, None,
+        math.hypot(_pixel_error(moment / 2 - 1 / 12), doubt),
     )  # fmt: skip
 
 
@@ -321,6 +319,22 @@ def _pixel_error(variance: float) -> float:
     """
     k = np.arange(1, 20)
     return 1.4 * float(np.sqrt(np.sum(np.exp(-4 * np.pi**2 * k**2 * max(variance, 0.0)) / (2 * np.pi**2 * k**2))))
+
+
+def _settle(mean: Array, good: Mask, center: Pair, reach: float, radius: float) -> Array | None:
+    """The place about which first moments vanish; None where the iteration leaves the disk or the pattern."""
+    height, width = mean.shape
+    at = np.array(center)
+    for _ in range(60):
+        if not (-0.5 <= at[0] <= height - 0.5 and -0.5 <= at[1] <= width - 0.5):
+            return None
+        before, (first, total, _, _) = at, _moment(mean, good, at, reach)
+        at = at + first / max(total, 1e-300)
+        if math.dist(before, at) > 2 * reach or math.dist(at, center) > 3 * radius + 3:
+            return None
+        if math.dist(before, at) < 1e-5:
+            break
+    return at
 
 
 def _moment(mean: Array, good: Mask, at: Array, reach: float) -> tuple[Array, float, Array, float]:

@@ -29,17 +29,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuem.analyses.beam_fits import Fit, fit_edge, fit_mass
+from gpuem.analyses.beam_search import CONTRAST, SEARCH, SIGNIFICANT, Disk, inversion, is_hidden, search, sharpen, stray
 from gpuem.errors import DataError
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 Pair = tuple[float, float]
-
-SIGNIFICANT = 8.0
-"""Least intensity of the disk over its standard error; the best of 1e6 places in mere noise reaches 5.5."""
-
-CONTRAST = 0.3
-"""The disk exceeds its surroundings by at least this part of them."""
 
 RIVAL = 0.75
 """Disks with this part of the highest score may be the direct beam, too."""
@@ -47,8 +42,8 @@ RIVAL = 0.75
 FEW = 16
 """Fewer frames do not tell their own scatter."""
 
-_SEARCH = 128
-"""Frames with more pixels along an axis are binned for the search."""
+FINEST = 0.002
+"""No centre is said to be better known than this, in px: pixels are not points."""
 
 _BLOCK = 1 << 24
 """Bytes of frames in double precision at once."""
@@ -112,15 +107,6 @@ class DirectBeam:
         }
 
 
-@dataclass(frozen=True)
-class _Disk:
-    center: Pair
-    radius: float
-    score: float
-    difference: float
-    around: float
-
-
 def measure_direct_beam(
     frames: NDArray[Any], hidden: Mask | None = None, coordinates: NDArray[Any] | None = None
 ) -> DirectBeam:
@@ -165,32 +151,6 @@ def measure_direct_beam(
     return DirectBeam(fit.center, sigma, fit.radius, spread, fit.method, fit.counts, len(frames))
 
 
-def stray(mean: Array, good: Mask) -> Mask:
-    """Pixels that are bright alone, in pairs, or in a line: no beam, however small, leaves its neighbours dark.
-
-    A beam of a standard deviation of 0.25 px still puts 2 to 5 % of its brightest pixel's counts into the neighbours
-    beside the two brightest. Where nothing else has counts such pixels are kept.
-    """
-    height, width = mean.shape
-    padded = np.full((height + 2, width + 2), np.nan)
-    padded[1:-1, 1:-1] = np.where(good, mean, np.nan)
-    around = np.stack(
-        [padded[1 + j : 1 + j + height, 1 + i : 1 + i + width] for j in (-1, 0, 1) for i in (-1, 0, 1) if j or i]
-    )
-    # NaN sorts to the end: the darker half of the neighbours is the local background
-    rising = np.sort(around, axis=0)
-    base = np.nan_to_num(rising[1])
-    known = np.isfinite(around)
-    excess = np.where(known, around - base, 0.0)
-    two = np.sort(excess, axis=0)[-2:].sum(axis=0)
-    left = excess.sum(axis=0) - two
-    own = mean - base
-    typical = float(np.median(np.abs(own[good]))) if good.any() else 0.0
-    alone = good & (own > 20 * typical) & (left < 0.015 * own) & (mean > 3 * np.abs(base))
-    rest = np.where(good & ~alone, mean, 0.0)
-    return np.asarray(alone & bool(rest.max() > 0))
-
-
 def _noise(frames: NDArray[Any], mean: Array, good: Mask) -> Array:
     """Variance of each pixel of the mean: from the frames, or from neighbours where there are few."""
     if len(frames) >= FEW:
@@ -208,15 +168,15 @@ def _noise(frames: NDArray[Any], mean: Array, good: Mask) -> Array:
 # ---- where it is
 
 
-def _choose(mean: Array, good: Mask, noise: Array) -> tuple[_Disk | None, tuple[Pair, float]]:
+def _choose(mean: Array, good: Mask, noise: Array) -> tuple[Disk | None, tuple[Pair, float]]:
     """The disk of the direct beam, None where it is hidden; centre of inversion and how well it is one."""
-    disks = _search(mean, good, noise)
-    symmetric = inversion(mean, good)
+    disks = search(mean, good, noise)
+    symmetric = inversion(mean, good, SEARCH)
     best = disks[0] if disks else None
     elsewhere = best is None or math.dist(symmetric[0], best.center) > best.radius
     radius = best.radius if best else 0.05 * max(mean.shape)
-    if elsewhere and symmetric[1] > 0.6 and _is_hidden(mean, good, symmetric[0], radius):
-        return None, symmetric
+    if elsewhere and symmetric[1] > 0.6 and is_hidden(mean, good, symmetric[0], radius):
+        return None, inversion(mean, good)
     if best is None:
         raise DataError(
             f"direct beam: no disk rises {SIGNIFICANT:g} standard errors and {CONTRAST:.0%} above its surroundings in "
@@ -226,119 +186,7 @@ def _choose(mean: Array, good: Mask, noise: Array) -> tuple[_Disk | None, tuple[
     rivals = [disk for disk in disks if disk.score >= RIVAL * best.score]
     if len(rivals) > 1 and symmetric[1] > 0.6:
         best = min(rivals, key=lambda disk: math.dist(disk.center, symmetric[0]))
-    return best, symmetric
-
-
-def _search(mean: Array, good: Mask, noise: Array) -> list[_Disk]:
-    """Bright disks, the best first: significant ones, none inside another one."""
-    factor = -(-max(mean.shape) // _SEARCH)
-    images = [_bin(image * good, factor) for image in (mean, np.ones(mean.shape), noise, mean**2 - noise)]
-    size = max(images[0].shape)
-    radii = [0.6 * 1.22**k for k in range(60) if 0.6 * 1.22**k < 0.5 * size]
-    # circles may lie so far off the detector
-    pad = math.ceil(0.35 * size)
-    shape = tuple(-(-(n + 2 * pad + math.ceil(1.5 * radii[-1])) // 32) * 32 for n in images[0].shape)
-    y, x = (np.fft.fftfreq(n, 1 / n) for n in shape)
-    distance = np.hypot(y[:, None], x[None, :]).astype(np.float32)
-    # single precision is enough for a search; numbers near 1
-    scales = np.array([max(float(np.abs(image).max()), 1e-300) for image in images])
-    stack = [np.pad(image / scale, pad).astype(np.float32) for image, scale in zip(images, scales, strict=True)]
-    spectra = np.fft.rfft2(np.stack(stack), s=shape)
-    cut = np.s_[:, : images[0].shape[0] + 2 * pad, : images[0].shape[1] + 2 * pad]
-    found = []
-    for radius in radii:
-        (inside, area), (wide, far) = (
-            (np.fft.irfft2(spectra * np.fft.rfft2(disk), s=shape)[cut] * scales[:, None, None], float(disk.sum()))
-            for disk in (np.clip(r - distance + 0.5, 0, 1) for r in (radius, 1.5 * radius + 1))
-        )
-        found.append(_score(inside, wide - inside, area * factor**2, (far - area) * factor**2))
-    score, difference, around = (np.stack(v) for v in zip(*found, strict=True))
-    return _best(score, difference, around, np.array(radii), pad, factor)
-
-
-def _score(inside: Array, ring: Array, area: float, ring_area: float) -> tuple[Array, Array, Array]:
-    """Score, difference and surroundings of circles around all places; both sums of values, pixels, variances, squares.
-
-    At least a fifth of the circle is on good pixels, and something of the ring.
-    """
-    n, m = np.maximum(inside[1], 1e-9), np.maximum(ring[1], 1e-9)
-    around = ring[0] / m
-    difference = inside[0] / n - around
-    error = np.sqrt(np.maximum(inside[2], 0) / n**2 + np.maximum(ring[2], 0) / m**2) + 1e-300
-    square = inside[3] / n - 2 * around * inside[0] / n + around**2
-    even = np.minimum(difference**2 / np.maximum(square, 1e-3 * difference**2 + 1e-300), 1)
-    usable = (n > 0.2 * area) & (m > 0.15 * ring_area) & (n >= 0.5)
-    usable &= (difference > SIGNIFICANT * error) & (difference > CONTRAST * np.abs(around))
-    return np.where(usable, difference * np.sqrt(n) * even**0.7, -np.inf), difference, around
-
-
-def _bin(image: Array, factor: int) -> Array:
-    """Sums over squares of `factor` px; the last ones may be smaller."""
-    if factor == 1:
-        return np.asarray(image)
-    padded = np.pad(image, [(0, -n % factor) for n in image.shape])
-    rows, columns = (n // factor for n in padded.shape)
-    return np.asarray(padded.reshape(rows, factor, columns, factor).sum(axis=(1, 3)))
-
-
-def _best(score: Array, difference: Array, around: Array, radii: Array, pad: int, factor: int) -> list[_Disk]:
-    """Up to twelve maxima over places and radii, each outside the disks before it."""
-    left, disks = score.max(axis=0), []
-    scale = score.argmax(axis=0)
-    y, x = np.indices(left.shape)
-    while len(disks) < 12 and np.isfinite(left.max()):
-        at = np.unravel_index(int(left.argmax()), left.shape)
-        k = int(scale[at])
-        place = tuple((float(c) - pad) * factor + (factor - 1) / 2 for c in at)
-        values = (float(v[k][at]) for v in (score, difference, around))
-        disks.append(_Disk((place[0], place[1]), float(radii[k]) * factor, *values))
-        left[np.hypot(y - at[0], x - at[1]) < 1.8 * radii[k] + 1] = -np.inf
-        # circles that only contain this disk are no others
-        left[(np.hypot(y - at[0], x - at[1]) < radii[scale] + radii[k]) & (radii[scale] > radii[k])] = -np.inf
-    return disks
-
-
-# ---- symmetry
-
-
-def inversion(mean: Array, good: Mask) -> tuple[Pair, float]:
-    """Centre of inversion of a pattern, and the correlation with its inverse there (1: perfect).
-
-    With f the square root of the pattern minus its mean, 0 where hidden, sum f(x) f(s - x) over what sum f^2 there is
-    of pixels x whose inverse s - x is good, is largest for s = 2 center.
-    """
-    factor = -(-max(mean.shape) // _SEARCH)
-    counts = _bin(good.astype(np.float64), factor)
-    binned = _bin(mean * good, factor) / np.maximum(counts, 1)
-    known = (counts > 0).astype(np.float64)
-    root = np.sqrt(np.maximum(binned, 0))
-    root = np.where(known > 0, root - root[known > 0].mean(), 0.0)
-    shape = tuple(2 * n for n in root.shape)
-    spectra = np.fft.rfft2(np.stack([root, root**2, known]), s=shape)
-    product, energy, overlap = np.fft.irfft2(spectra * np.stack([spectra[0], spectra[2], spectra[2]]), s=shape)
-    enough = (overlap > 0.3 * known.sum()) & (energy > 0.3 * float((root**2).sum()))
-    value = np.where(enough, product / np.maximum(energy, 1e-12), -1.0)
-    y, x = divmod(int(value.argmax()), value.shape[1])
-    place = []
-    for line, k in ((value[:, x], y), (value[y, :], x)):
-        near = line[max(k - 1, 0) : k + 2]
-        bend = 2 * near[1] - near[0] - near[2] if near.size == 3 else 0.0
-        place.append((k + (float(0.5 * (near[2] - near[0]) / bend) if bend > 0 else 0.0)) / 2)
-    to_full = (factor - 1) / 2
-    return (place[0] * factor + to_full, place[1] * factor + to_full), float(value[y, x])
-
-
-def _is_hidden(mean: Array, good: Mask, center: Pair, radius: float) -> bool:
-    """Whether a place is masked, or dark within bright surroundings: a beam stop."""
-    y, x = np.ogrid[: mean.shape[0], : mean.shape[1]]
-    distance = np.hypot(y - center[0], x - center[1])
-    inside, ring = distance <= max(0.6 * radius, 1.5), (distance > 1.5 * radius) & (distance <= 3 * radius + 2)
-    if not inside.any() or not (ring & good).any():
-        return False
-    if good[inside].mean() < 0.5:
-        return True
-    around = float(np.median(mean[ring & good]))
-    return around > 0 and float(mean[inside & good].mean()) < 0.3 * around
+    return sharpen(mean, good, best), symmetric
 
 
 def _by_symmetry(frames: NDArray[Any], mean: Array, good: Mask, symmetric: tuple[Pair, float]) -> DirectBeam:
@@ -360,8 +208,9 @@ def _by_symmetry(frames: NDArray[Any], mean: Array, good: Mask, symmetric: tuple
 def _uncertainty(frames: NDArray[Any], fit: Fit, noise: Array, coordinates: NDArray[Any] | None) -> tuple[Pair, Pair]:
     """One standard error of the centre, and how far the beam wanders from frame to frame; (y, x) each."""
     n = len(frames)
+    pixel = math.hypot(fit.pixel, FINEST)
     if fit.error is None:
-        floor = np.hypot(np.sqrt((fit.weights**2 * noise[fit.y, fit.x]).sum(axis=1)), fit.pixel)
+        floor = np.hypot(np.sqrt((fit.weights**2 * noise[fit.y, fit.x]).sum(axis=1)), pixel)
     else:
         floor = fit.error
     whole, halves = np.empty((n, 2)), np.empty((n, 2, 2))
@@ -375,7 +224,7 @@ def _uncertainty(frames: NDArray[Any], fit: Fit, noise: Array, coordinates: NDAr
     design = np.column_stack([np.ones(n), (where - where.mean(axis=0)) / np.maximum(np.ptp(where, axis=0), 1)])
     left = whole - design @ np.linalg.lstsq(design, whole, rcond=None)[0]
     free = max(n - np.linalg.matrix_rank(design), 1)
-    error = np.hypot(np.sqrt((left**2).sum(axis=0) / free / n), fit.pixel)
+    error = np.hypot(np.sqrt((left**2).sum(axis=0) / free / n), pixel)
     if fit.error is not None:
         error = np.maximum(error, floor)
     centred = halves - halves.mean(axis=0)

@@ -72,7 +72,8 @@ def lonely(vectors: Array) -> Mask:
     """Positions of an image of vectors (y, x, 2) that differ from all around them: glitches, no specimen.
 
     From the median of the eight neighbours they differ by more than `FAR` robust standard deviations of such
-    differences, and more than `LEAST`; the field of an atom spans several positions. NaN is unknown. Where more than
+    differences, by more than `LEAST`, and by more than three times what the neighbours themselves differ from it (the
+    third of them: two may be glitches, too); around an atom these differ as much. NaN is unknown. Where more than
     `MOST` would be left out, nothing is.
     """
     height, width = vectors.shape[:2]
@@ -85,8 +86,10 @@ def lonely(vectors: Array) -> Mask:
     count = np.isfinite(around).sum(axis=0)
     low = np.take_along_axis(order, np.maximum((count - 1) // 2, 0)[None], axis=0)[0]
     high = np.take_along_axis(order, np.maximum(count // 2, 0)[None] % 8, axis=0)[0]
-    difference = vectors - (low + high) / 2
+    middle = (low + high) / 2
+    difference = vectors - middle
+    apart = np.sort(np.nan_to_num(np.hypot(*np.moveaxis(around - middle, -1, 0)), nan=0.0), axis=0)[-3]
     known = np.isfinite(difference).all(axis=-1) & (count[..., 0] > 2)
     limit = max(FAR * max(spread_of(difference[known][:, 0]), spread_of(difference[known][:, 1])), LEAST)
-    far = known & (np.hypot(difference[..., 0], difference[..., 1]) > limit)
+    far = known & (np.hypot(difference[..., 0], difference[..., 1]) > np.maximum(limit, 3 * apart))
     return np.asarray(far if far.sum() <= MOST * max(known.sum(), 1) else np.zeros_like(far))
