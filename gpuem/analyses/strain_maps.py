@@ -186,7 +186,9 @@ class StrainFit:
             maps[name] = Map(out[:, k].reshape(shape), view.scan, unit, what, facts)
         for k, name in enumerate(_TEXT):
             unit = "deg" if name == "rotation" else ""
-            maps[f"{name}_sigma"] = Map(sigma[:, k].reshape(shape), view.scan, unit, f"one standard deviation of {name}")
+            maps[f"{name}_sigma"] = Map(
+                sigma[:, k].reshape(shape), view.scan, unit, f"one standard deviation of {name}"
+            )
         vector = (*view.scan, Axis("component", 2))
         for name, first, text in (
             ("a", 2, "lattice vector a (y, x) on the detector"),
