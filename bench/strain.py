@@ -291,6 +291,36 @@ def set_a(record, folder, given):
         show(f"set A, {label}", row)
 
 
+def sigma(record, folder, given):
+    """Pulls, error over the sigma reported, of multislice gold thinned to lower doses and of synthetic patterns."""
+    truth = np.load(given.sim / "strainA_Au001_F_true.npy").reshape(-1, 2, 2)
+    true, blocks = stretch_of(truth), np.arange(256).reshape(4, 4, 4, 4).swapaxes(1, 2).reshape(16, 16)
+    record["sigma"] = []
+    for label, name in SIM.items():
+        for dose in DOSES[1:]:
+            full = np.load(given.sim / name)
+            # a part of Poisson counts, taken at random, is Poisson
+            frames = np.random.default_rng(0).binomial(full, dose / 1e6).astype(full.dtype)
+            maps = named(gpuem.run(frames, [gpuem.Strain()], device="cpu"))
+            found, told = (
+                np.stack([maps[key + end] for key in ("exx", "eyy", "exy")], axis=1) for end in ("", "_sigma")
+            )
+            error = found - true
+            pulls = (error - np.nanmedian(error, axis=0)) / told
+            inside = (found[blocks] - found[blocks].mean(axis=1, keepdims=True)) / told[blocks] * math.sqrt(16 / 15)
+            row = {"patterns": f"set A, {label}", "dose": dose, "valid": float(maps["valid"].astype(bool).mean())}
+            row |= {"pull": rms(pulls), "inside_blocks": rms(inside), "below_2": float((np.abs(pulls) < 2).mean())}
+            record["sigma"].append(row)
+            show(f"sigma: {row['patterns']}, {dose:.0e} electrons", row)
+    selftest.strain(DOSES[1:], scan=(4, 32), device="cpu", progress=lambda row: sigma_row(record, row))
+
+
+def sigma_row(record, row):
+    """Note the pulls of one kind of synthetic patterns."""
+    record["sigma"].append({"patterns": row.case, "dose": row.dose, "valid": row.valid, "pull": row.pull})
+    show(f"sigma: {row.case}, {row.dose:.0e} electrons", record["sigma"][-1])
+
+
 def stretch_of(f):
     """exx, eyy, exy of F = R U, (n, 3)."""
     values, vectors = np.linalg.eigh(np.swapaxes(f, 1, 2) @ f)
@@ -365,10 +395,10 @@ def main(arguments=None):
     parser.add_argument("--subset", type=int, default=64, help="patterns for py4DSTEM and for upsampled peaks")
     parser.add_argument("--each", type=int, default=128, help="patterns for each sub-pixel phase")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", choices=["k", "doses", "locking", "a"], action="append")
+    parser.add_argument("--only", choices=["k", "doses", "locking", "a", "sigma"], action="append")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
-    chosen = given.only or ["k", "doses", "locking", "a"]
+    chosen = given.only or ["k", "doses", "locking", "a", "sigma"]
     record = {
         "machine": {**machine(), "load_before": os.getloadavg()[0]},
         "arguments": {"rows": given.rows, "repeats": given.repeats},
@@ -376,8 +406,8 @@ def main(arguments=None):
     if not hasattr(gpuem, "Strain"):
         print("gpuem.Strain isn't there: peers only")
     with tempfile.TemporaryDirectory() as folder:
-        for name, section in (("k", set_k), ("doses", doses), ("locking", locking), ("a", set_a)):
-            if name in chosen and (name != "a" or given.sim):
+        for name, section in (("k", set_k), ("doses", doses), ("locking", locking), ("a", set_a), ("sigma", sigma)):
+            if name in chosen and (name not in ("a", "sigma") or given.sim):
                 section(record, Path(folder), given)
     record["machine"]["load_after"] = os.getloadavg()[0]
     record["targets"] = targets(record)

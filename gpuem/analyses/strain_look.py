@@ -22,6 +22,7 @@ from gpuem.analyses.positions import registration_of
 from gpuem.analyses.probe import Probe
 from gpuem.analyses.probe_finding import FoundProbe
 from gpuem.analyses.reference_lattice import crystal_angle
+from gpuem.analyses.strain_errors import NO_ERRORS, strain_errors
 from gpuem.analyses.strain_given import given_centre, given_lattices
 from gpuem.analyses.strain_maps import Picture, StrainFit
 from gpuem.analyses.strain_pixels import good_pixels, read_noise, saturation_of, without_defects
@@ -57,21 +58,23 @@ def look(asked: Strain, view: View, sample: Sample) -> StrainFit:
     # wide enough for sums of any pixels
     mean = sample.frames.mean(axis=0, dtype=np.float64)
     good = without_defects(asked, mean, good, len(sample.frames))
-    probe, picture = probe_of(asked, sample, mean, good)
+    probe, disk = probe_of(asked, sample, mean, good)
     lattices = _lattices(asked, sample, probe, good)
     used = _grains(asked, lattices)
     plane = _plane(asked, used[0], sample, view.scan_shape)
     used, plane, origin = _placed(asked, used, probe, (mean, good), sample, (plane, view.scan_shape))
     parts = [_sites(asked, lattice, probe, (mean, good), sample, (plane, view.scan_shape)) for lattice in used]
-    model = _model(asked, view, sample, good, picture, used, parts, plane)
+    model = _model(asked, view, sample, good, disk, used, parts, plane)
     if reference is not None and len(used) == 1:
         reference = described_alike(reference, model.lattices[0, 2:].reshape(2, 2))
     _rims_alone(asked, model)
-    model, usual = _taught(asked, model, _of_crystal(sample, used), view.scan_shape)
+    shown = _of_crystal(sample, used)
+    model, usual = _taught(asked, model, shown, view.scan_shape)
+    model, used = _measured_lattices(asked, model, shown, used)
     found = _refined(asked, probe, model, origin)
     lines = _lines(asked, found, lattices, used, parts, _wander(model.drift, view.scan_shape))
     second = next((lattice for lattice in lattices if lattice.kind == "second"), None)
-    shown = Picture(
+    picture = Picture(
         mean,
         tuple(lines),
         (second.center, second.a, second.b, second.score) if second else None,
@@ -101,7 +104,11 @@ def look(asked: Strain, view: View, sample: Sample) -> StrainFit:
         "found": lines,
     }
     fit = registration_of(asked.registration, model, asked.power, view.scan_shape)
-    return StrainFit(asked, model, fit, float(limit), region, reference, shown, facts)
+    errors = NO_ERRORS
+    if asked.registration == "lattice":
+        errors = strain_errors(model, shown)
+        facts["sigma_counting_factor"], facts["sigma_model"] = errors.counting**0.5, np.sqrt(errors.model).tolist()
+    return StrainFit(asked, model, fit, float(limit), region, reference, picture, facts, errors)
 
 
 # ---- lattices
@@ -319,6 +326,28 @@ def _taught(asked: Strain, model: Model, sample: Sample, scan: tuple[int, ...]) 
             "gpuem check)?", asked.name, most, np.median(rows[:, 11])
         )  # fmt: skip
     return model, float(np.median(chi2)) if chi2.size else 1.0
+
+
+def _measured_lattices(
+    asked: Strain, model: Model, sample: Sample, used: list[FoundLattice]
+) -> tuple[Model, list[FoundLattice]]:
+    """Lattices that were found, as the fit measures them: correlation is drawn to the bright sides of disks."""
+    if asked.a is not None:
+        return model, used
+    rows = cpu_lattice.details(model.fit(), frames_of(sample), sample.positions)[0]
+    at = np.column_stack(np.divmod(sample.positions, model.scan_width))
+    rows[:, :2] -= at @ model.drift.T
+    lattices, found = model.lattices.copy(), list(used)
+    for grain in range(len(lattices)):
+        mine = rows[np.isfinite(rows[:, 0]) & (rows[:, 13] == grain), :6]
+        if len(mine) == 0:
+            continue
+        lattices[grain] = np.median(mine, axis=0)
+        if asked.center is not None:
+            lattices[grain, :2] = model.lattices[grain, :2]
+        center, a, b = ((float(v[0]), float(v[1])) for v in lattices[grain].reshape(3, 2))
+        found[grain] = replace(found[grain], center=center, a=a, b=b)
+    return replace(model, lattices=lattices, axes=_axes(asked, lattices[0, 2:].reshape(2, 2))), found
 
 
 # ---- in words

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gpuem.analyses import Map, View
 from gpuem.analyses.deformation import MEASURES, strain
 from gpuem.analyses.reference_lattice import median_reference
+from gpuem.analyses.strain_errors import NO_ERRORS, StrainErrors
 from gpuem.axes import Axis
 from gpuem.backends import Fit, Sums, Weights
 from gpuem.backends.lattice_fit import COLUMNS
@@ -80,6 +81,10 @@ class StrainFit:
         Vectors a0, b0 (y, x) of the reference, where they are given.
     picture : Picture
         What was found, for people.
+    facts : mapping
+        What the maps' attributes tell.
+    errors : StrainErrors
+        What sigma of the fit leaves out.
     """
 
     asked: Strain
@@ -90,6 +95,7 @@ class StrainFit:
     reference: NDArray[np.float64] | None
     picture: Picture
     facts: Mapping[str, Any] = field(default_factory=dict)
+    errors: StrainErrors = NO_ERRORS
 
     @property
     def name(self) -> str:
@@ -101,14 +107,15 @@ class StrainFit:
         return Weights(fits=(self.fit,))
 
     def map_nbytes(self, view: View) -> int:
-        """Bytes per scan position: four maps, the masks and what saving one map takes; the others are views."""
+        """Bytes per scan position: four maps and their sigma, masks, what saving one map takes; others are views."""
         rows = 0 if self.fit.columns == len(COLUMNS) else 4 * len(COLUMNS)
-        return 16 + 4 + 8 + rows
+        return 2 * 16 + 4 + 8 + rows
 
     def finish(self, view: View, sums: Sums, valid: NDArray[np.bool_]) -> dict[str, Map]:
         """Strain against the reference, with errors and quality."""
         rows = self._lattices(sums.fits[0], valid)
-        known = self._known(rows, valid)
+        sigma = self.errors.sigma(rows[:, _SIGMAS : _SIGMAS + 4])
+        known = self._known(rows, sigma, valid)
         out = np.full((len(rows), 4), np.nan, np.float32)
         facts: dict[str, Any] = dict(self.facts)
         several = len(self.model.lattices) > 1
@@ -126,9 +133,10 @@ class StrainFit:
         known &= np.isfinite(out).all(axis=1)
         out[~known] = np.nan
         rows[~known, :CHI2] = np.nan
+        sigma[~known] = np.nan
         if not known.any():
             log.warning("%s: not one scan position shows the lattice; see %s/chi2 and %s/disks", *(self.name,) * 3)
-        return self._maps(view, rows, out, known, facts)
+        return self._maps(view, rows, (out, sigma), known, facts)
 
     def _lattices(self, found: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Rows of `COLUMNS`, whatever the registration found."""
@@ -138,14 +146,16 @@ class StrainFit:
 
         return lattices_of(self.asked.registration, found, valid, self.model, self.asked.power)
 
-    def _known(self, rows: NDArray[np.float32], valid: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    def _known(
+        self, rows: NDArray[np.float32], sigma: NDArray[np.float32], valid: NDArray[np.bool_]
+    ) -> NDArray[np.bool_]:
         """Where there is a lattice to be believed."""
         known = valid.copy()
         with np.errstate(invalid="ignore"):
             for start in range(0, len(rows), _CHUNK):
                 part = rows[start : start + _CHUNK]
-                sigma = part[:, _SIGMAS : _SIGMAS + 3].max(axis=1)
-                fits = np.isfinite(part[:, :CHI2]).all(axis=1) & (sigma <= self.asked.max_sigma)
+                largest = sigma[start : start + _CHUNK, :3].max(axis=1)
+                fits = np.isfinite(part[:, :CHI2]).all(axis=1) & (largest <= self.asked.max_sigma)
                 # where there is none, it can't be too large
                 known[start : start + _CHUNK] &= fits & ~(part[:, CHI2] > self.max_chi2)
         return known
@@ -168,8 +178,9 @@ class StrainFit:
         return median_reference(a, b, mine), "median"
 
     def _maps(
-        self, view: View, rows: Any, out: Any, known: NDArray[np.bool_], facts: Mapping[str, Any]
+        self, view: View, rows: Any, strains: Any, known: NDArray[np.bool_], facts: Mapping[str, Any]
     ) -> dict[str, Map]:
+        out, sigma = strains
         shape = view.scan_shape
         facts = {**facts, "measure": self.asked.measure, "positions_valid": int(known.sum())}
         measure = MEASURES[self.asked.measure]
@@ -180,8 +191,9 @@ class StrainFit:
             maps[name] = Map(out[:, k].reshape(shape), view.scan, unit, what, facts)
         for k, name in enumerate(_TEXT):
             unit = "deg" if name == "rotation" else ""
-            sigma = rows[:, _SIGMAS + k].reshape(shape)
-            maps[f"{name}_sigma"] = Map(sigma, view.scan, unit, f"one standard deviation of {name}")
+            maps[f"{name}_sigma"] = Map(
+                sigma[:, k].reshape(shape), view.scan, unit, f"one standard deviation of {name}"
+            )
         vector = (*view.scan, Axis("component", 2))
         for name, first, text in (
             ("a", 2, "lattice vector a (y, x) on the detector"),
