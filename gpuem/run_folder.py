@@ -21,6 +21,7 @@ import platform
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -75,6 +76,8 @@ class RunFolder:
         self.store = path / f"store{suffix}"
         self._alive = path / f"alive{suffix}"
         self._over = threading.Event()
+        # done every few seconds
+        self.on_beat: list[Callable[[], None]] = []
         self.id, self.identity = uuid.uuid4().hex, dict[str, Any]()
         self._lock_path = path / f"lock{suffix}"
         try:
@@ -267,6 +270,8 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 if self.is_in_place():
                     self._alive.touch()
+                for action in self.on_beat:
+                    action()
             self._over.wait(BEAT)
 
 

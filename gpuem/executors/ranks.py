@@ -243,6 +243,7 @@ def assist(job: Job, rank: Rank, folder: RunFolder) -> None:
         store.close()
     mine = [s for s in range(len(job.plan.shards)) if s % rank.count == rank.number and s not in done]
     own.begin()
+    folder.on_beat.append(own.sync_if_due)
     with closing(own), closing(local.run(job, mine, folder.report)) as computing:
         for partial in computing:
             own.write(partial)
