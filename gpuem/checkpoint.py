@@ -109,10 +109,12 @@ class Store:
         self._open(_PENDING, os.O_RDWR | os.O_CREAT)
         self._ends[_PENDING] = 0
         self._pending = pending
-        self._sync()
+        if pending:
+            self._sync()
+        os.ftruncate(self._files[_PENDING], 0)
         sync_folder(self.folder)
         sync_folder(self.folder.parent)
-        self._due = 0.0
+        self._due = time.monotonic() + SYNC_SECONDS
 
     def look(self) -> None:
         """Find out which shards are finished, without checking them.

@@ -57,7 +57,7 @@ def test_a_power_cut_after_any_sync_of_a_run(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         Disk(place, patch, cut)
         gpuem.run(ds, chosen(), device="cpu", threads=2, folder=place / "run")
-    assert len(states) > 60
+    assert len(states) > 50
     kept = []
     for target, said in [*states[:: len(states) // 9], states[-1]]:
         folder = target / "run"
@@ -110,8 +110,8 @@ def test_no_line_is_written_before_its_rows_are_on_the_disk(tmp_path, monkeypatc
     for partial in partials:
         store.write(partial)
     store.close()
-    # one by one, or the first and then all that were left at the end
-    assert seen == (list(range(1, 13)) if seconds == 0 else [1, 12])
+    # one by one, or all at the end
+    assert seen == (list(range(1, 13)) if seconds == 0 else [12])
 
 
 def test_lines_that_reach_the_disk_without_their_rows_are_not_believed(tmp_path, monkeypatch):
@@ -131,7 +131,7 @@ def test_lines_that_reach_the_disk_without_their_rows_are_not_believed(tmp_path,
     store = Store(tmp_path / "cut" / "store", made)
     store.look()
     assert len(store.finished) == 6
-    assert len(store.verify()) == 5
+    assert len(store.verify()) == 6
     store.begin()
     for partial in partials:
         if partial.shard not in store.finished:
