@@ -15,13 +15,12 @@ systems write whole pages, and would mix neighbours' rows.
 
 from __future__ import annotations
 
-import errno
-import io
 import itertools
 import json
 import math
 import os
 import shutil
+import threading
 import time
 import zlib
 from collections.abc import Iterable
@@ -33,14 +32,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuem import shard_records
+from gpuem.array_files import Array, Bytes, bytes_of, npy_header, read_at, write_at
 from gpuem.atomic import sync_folder
 from gpuem.backends import Lost, Sums
 from gpuem.engine import Job, Partial
 from gpuem.errors import InputError, OutputError
 from gpuem.regular_files import open_regular, read_regular
 
-Array = NDArray[Any]
-Bytes = bytes | memoryview
 # stretches of rows; and how many times the rows themselves may be read and written for the sake of fewer calls
 MANY = 16
 # rows are synced so often, in seconds, or less often where that would take more than this share of the time
@@ -63,7 +61,9 @@ class Store:
     def __init__(self, folder: Path, job: Job) -> None:
         self.folder = folder
         self._rows = _row_arrays(job)
-        self._headers = {name: _header((job.wanted.size, *shape), dtype) for name, (shape, dtype) in self._rows.items()}
+        self._headers = {
+            name: npy_header((job.wanted.size, *shape), dtype) for name, (shape, dtype) in self._rows.items()
+        }
         self._images = _image_arrays(job)
         self._nbytes = nbytes(job)
         self._positions = job.wanted.size
@@ -73,6 +73,8 @@ class Store:
         # lines that are not in the list of what is on the disk yet; and when they are brought there
         self._pending: dict[int, bytes] = {}
         self._due = 0.0
+        self._syncing = threading.Lock()
+        self._failure: OSError | None = None
         self.finished: dict[int, dict[str, Any]] = {}
 
     def begin(self) -> None:
@@ -96,7 +98,7 @@ class Store:
         for name, (header, nbytes) in self._headers.items():
             file = self._open(f"{name}.npy", os.O_RDWR | os.O_CREAT)
             # always, whatever is there: then it is right. Of the rest the system reserves what is used
-            _write(file, header, 0)
+            write_at(file, header, 0)
             if os.fstat(file).st_size < len(header) + nbytes:
                 os.ftruncate(file, len(header) + nbytes)
         done = self._open(_DONE, os.O_RDWR | os.O_CREAT)
@@ -107,10 +109,12 @@ class Store:
         self._open(_PENDING, os.O_RDWR | os.O_CREAT)
         self._ends[_PENDING] = 0
         self._pending = pending
-        self._sync()
+        if pending:
+            self._sync()
+        os.ftruncate(self._files[_PENDING], 0)
         sync_folder(self.folder)
         sync_folder(self.folder.parent)
-        self._due = 0.0
+        self._due = time.monotonic() + SYNC_SECONDS
 
     def look(self) -> None:
         """Find out which shards are finished, without checking them.
@@ -169,11 +173,22 @@ class Store:
         """
         records = [self._written(partial) for partial in partials]
         lines = {record["shard"]: json.dumps(record).encode() + b"\n" for record in records}
-        self._append(_PENDING, b"".join(lines.values()))
-        self._pending.update(lines)
+        with self._syncing:
+            self._append(_PENDING, b"".join(lines.values()))
+            self._pending.update(lines)
         self.finished.update((record["shard"], record) for record in records)
-        if time.monotonic() >= self._due:
-            self._sync()
+        self.sync_if_due()
+        if self._failure is not None:
+            raise self._failure
+
+    def sync_if_due(self) -> None:
+        """Bring what is pending to the disk, unless that was done lately; any thread may ask. `write` raises errors."""
+        with self._syncing:
+            if self._ends and self._pending and time.monotonic() >= self._due:
+                try:
+                    self._sync()
+                except OSError as error:
+                    self._failure = error
 
     def _sync(self) -> None:
         """Bring rows to the disk, then list their shards as done."""
@@ -197,7 +212,7 @@ class Store:
         partial = replace(partial, sums=sums)
         for name, rows in _arrays_of(sums).items():
             self._write_rows(name, partial.positions, rows)
-        at = self._append(_SUMS, *(_bytes(array) for array in (partial.positions, sums.total, sums.maximum)))
+        at = self._append(_SUMS, *(bytes_of(array) for array in (partial.positions, sums.total, sums.maximum)))
         record: dict[str, Any] = {
             "shard": partial.shard,
             "at": at,
@@ -221,7 +236,7 @@ class Store:
         if not 0 <= frames <= self._shards[shard]:
             raise ValueError(f"shard {shard}: {frames} frames, but it has {self._shards[shard]}")
         log = self._open(_SUMS)
-        positions = _from(log, at, (frames,), np.dtype(np.int64))
+        positions = read_at(log, at, (frames,), np.dtype(np.int64))
         if frames and not 0 <= positions.min() <= positions.max() < self._positions:
             raise ValueError(f"shard {shard}: positions outside the scan")
         at += positions.nbytes
@@ -230,7 +245,7 @@ class Store:
         for shape, dtype in self._images:
             # the first of a group has the images of all
             shape = (0, 0) if group and shard != group[0] else shape
-            images.append(_from(log, at, shape, dtype))
+            images.append(read_at(log, at, shape, dtype))
             at += images[-1].nbytes
         rows = {name: self._read_rows(name, positions) for name in self._rows}
         fits = tuple(rows[name] for name in self._rows if name.startswith("fit-"))
@@ -250,11 +265,12 @@ class Store:
         OSError
             Some of it didn't reach the disk.
         """
-        try:
-            if self._ends and self._pending:
-                self._sync()
-        finally:
-            self._release()
+        with self._syncing:
+            try:
+                if self._ends and self._pending:
+                    self._sync()
+            finally:
+                self._release()
 
     def _release(self) -> None:
         for file in self._files.values():
@@ -267,7 +283,7 @@ class Store:
         """Add to the end of a file; returns where that begins. What failed to be added is written over by the next."""
         start = at = self._ends[name]
         for part in data:
-            _write(self._files[name], part, at)
+            write_at(self._files[name], part, at)
             at += len(part)
         self._ends[name] = at
         return start
@@ -280,12 +296,12 @@ class Store:
         if _close_together(positions, len(stretches)):
             # one call for all; between them nothing changes
             low = int(positions.min())
-            around = _from(file, start + low * width, (int(positions.max()) + 1 - low, *rows.shape[1:]), rows.dtype)
+            around = read_at(file, start + low * width, (int(positions.max()) + 1 - low, *rows.shape[1:]), rows.dtype)
             around[positions - low] = rows
-            _write(file, _bytes(around), start + low * width)
+            write_at(file, bytes_of(around), start + low * width)
             return
         for first, last in stretches:
-            _write(file, _bytes(rows[first:last]), start + int(positions[first]) * width)
+            write_at(file, bytes_of(rows[first:last]), start + int(positions[first]) * width)
 
     def _read_rows(self, name: str, positions: NDArray[np.int64]) -> Array:
         shape, dtype = self._rows[name]
@@ -295,10 +311,10 @@ class Store:
             if _close_together(positions, len(stretches)):
                 low = int(positions.min())
                 at, count = start + low * out[0].nbytes, int(positions.max()) + 1 - low
-                return np.asarray(_from(file, at, (count, *shape), dtype)[positions - low])
+                return np.asarray(read_at(file, at, (count, *shape), dtype)[positions - low])
             for first, last in stretches:
                 at = start + int(positions[first]) * out[0].nbytes
-                out[first:last] = _from(file, at, out[first:last].shape, dtype)
+                out[first:last] = read_at(file, at, out[first:last].shape, dtype)
         return out
 
     def _open(self, name: str, flags: int = os.O_RDONLY) -> int:
@@ -341,39 +357,6 @@ def _arrays_of(sums: Sums) -> dict[str, Array]:
     }
 
 
-def _header(shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[bytes, int]:
-    """How the file of an array begins, and bytes of the array itself."""
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    made = io.BytesIO()
-    np.lib.format.write_array_header_1_0(made, header)
-    return made.getvalue(), math.prod(shape) * dtype.itemsize
-
-
-def _write(file: int, data: Bytes, at: int) -> None:
-    written = 0
-    while written < len(data):
-        count = os.pwrite(file, data[written:], at + written)
-        if count == 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        written += count
-
-
-def _from(file: int, at: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    out = np.empty(shape, dtype)
-    target, done = _bytes(out), 0
-    while done < len(target):
-        count = os.preadv(file, [target[done:]], at + done)
-        if count == 0:
-            raise ValueError(f"ends {len(target) - done} bytes too early")
-        done += count
-    return out
-
-
-def _bytes(array: Array) -> memoryview:
-    """The bytes of an array, without a copy where that can be had."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
 def _close_together(positions: NDArray[np.int64], stretches: int) -> bool:
     """Whether there are so many stretches of rows that one call for all and what lies between them is quicker."""
     return stretches > MANY and int(np.ptp(positions)) <= MANY * positions.size
@@ -395,5 +378,5 @@ def _checksum(record: dict[str, Any], partial: Partial) -> int:
     sums = partial.sums
     check = zlib.crc32(json.dumps({key: value for key, value in record.items() if key != "check"}).encode())
     for array in (partial.positions, *_arrays_of(sums).values(), sums.total, sums.maximum):
-        check = zlib.crc32(_bytes(array), check)
+        check = zlib.crc32(bytes_of(array), check)
     return check

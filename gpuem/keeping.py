@@ -50,6 +50,8 @@ def run(job: Job, crew: Crew, folder: RunFolder, progress: Progress | None = Non
     with resumable(folder, job, store), closing(_partials(job, crew, folder, store)) as partials:
         with _writing(store):
             store.begin()
+        # results may be long in coming
+        folder.on_beat.append(store.sync_if_due)
         totals = combine(job, told(partials, progress), store.read)
     if done:
         job.facts["kept_shards"] = done

@@ -253,6 +253,7 @@ def _decode(value: Any, arrays: Mapping[str, NDArray[Any]], own: Mapping[str, ty
         return [inner(part) for part in value]
     if not isinstance(value, dict):
         return value
+    content: Any
     kind, content = next(iter(value.items()), ("", None))
     if kind in ("model", "dataclass"):
         found, fields = _class_of(content, own), {name: inner(part) for name, part in value["fields"].items()}

@@ -21,6 +21,7 @@ import platform
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -75,6 +76,8 @@ class RunFolder:
         self.store = path / f"store{suffix}"
         self._alive = path / f"alive{suffix}"
         self._over = threading.Event()
+        # done every few seconds
+        self.on_beat: list[Callable[[], None]] = []
         self.id, self.identity = uuid.uuid4().hex, dict[str, Any]()
         self._lock_path = path / f"lock{suffix}"
         try:
@@ -153,7 +156,8 @@ class RunFolder:
             # such as: the result could not be saved
             self.report("stop" if isinstance(error, KeyboardInterrupt) else "error", why=str(error) or repr(error))
         with self._writing:
-            os.close(self._log)
+            if self._log >= 0:
+                os.close(self._log)
             self._log = -1
         # what lies at this path now may be another run's
         mine = self.is_in_place()
@@ -215,12 +219,26 @@ class RunFolder:
     def clear(self) -> None:
         """Forget what an earlier run left here."""
         # what says how to go on first: whatever stops this, nothing half removed is taken for a run
-        self._remove(
-            "run.json", *_PREPARED, "events.jsonl", "events-[0-9]*.jsonl", "rank-[0-9]*", "claim-*", "launch.json"
+        patterns = (
+            "run.json",
+            *_PREPARED,
+            "events.jsonl",
+            "events-[0-9]*.jsonl",
+            "rank-[0-9]*",
+            "launch.json",
+            "claim-*",
         )
         with self._writing:
-            os.close(self._log)
-            self._log = _open_log(self._events)
+            try:
+                self._remove(*patterns)
+                os.close(self._log)
+                self._log = -1
+                self._log = _open_log(self._events)
+            except OSError as error:
+                raise OutputError(
+                    f"{error.filename or self.path}: not a file of a run, or it can't be removed ({error.strerror}); "
+                    "remove it, or choose another [output] path"
+                ) from error
 
     def finish(self) -> None:
         """Remove what only a resumed run would need."""
@@ -260,6 +278,8 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 if self.is_in_place():
                     self._alive.touch()
+                for action in self.on_beat:
+                    action()
             self._over.wait(BEAT)
 
 

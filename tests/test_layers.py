@@ -18,6 +18,7 @@ AFTER = [
     "look",
     "data_sets",
     "recipe",
+    "array_files",
     "shard_records",
     "checkpoint",
     "identity",

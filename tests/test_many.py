@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -20,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpuem
-from gpuem import data_sets, executors, many, recipe, run_folder, tiles
+from gpuem import data_sets, executors, many, recipe, results, run_folder, tiles
 from gpuem.errors import DataError, OutputError, ResumableError
 from gpuem.executors import Here
 from gpuem.formats.remote import Url
@@ -534,3 +537,32 @@ def test_the_exit_code_says_try_again_where_that_helps(three, monkeypatch, becom
     except typer.Exit as error:
         ended = error.exit_code
     assert ended == code
+
+
+def test_maps_of_a_batch_are_loaded_when_asked_for(three, monkeypatch):
+    """No more than those of one data set are in memory at a time."""
+    refs, alive, save = [], [], results.Results.save
+
+    def saving(found, path, **options):
+        refs.append(weakref.ref(found))
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in refs))
+        return save(found, path, **options)
+
+    monkeypatch.setattr(results.Results, "save", saving)
+    got = gpuem.run_recipes(write_recipe('path = "data/*.npy"'))
+    assert alive == [1, 1, 1]
+    monkeypatch.undo()
+    saved = got["two"]
+    maps, where = saved
+    check_maps(maps, three["two"])
+    assert where == saved.path == saved[1] == saved[-1]
+    assert len(saved) == 2
+    check_maps(saved[0], three["two"])
+    assert saved.load() is not saved.load()
+    assert "two.results.zarr" in repr(saved)
+    with pytest.raises(IndexError):
+        saved[2]
+    shutil.rmtree(where)
+    with pytest.raises(gpuem.InputError, match="not a gpuem result"):
+        saved.load()

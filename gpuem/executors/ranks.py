@@ -292,6 +292,7 @@ def assist(job: Job, rank: Rank, folder: RunFolder) -> None:
     claims = Claims(folder.path, rank.launch, rank.number, rank.count, len(job.plan.shards))
     own.begin()
     computing = local.run(job, (), folder.report, lambda: _claimed(claims, missing))
+    folder.on_beat.append(own.sync_if_due)
     with closing(own), closing(computing):
         for partial in computing:
             own.write(partial)
