@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from gpuem import ownership
 from gpuem.errors import InputError, RecipeError
 from gpuem.progress import duration, err, rate
 
@@ -38,6 +39,8 @@ def status(
     """Say how far a run is, who works on it, what went wrong, and which stage takes the time."""
     from gpuem.status import Log
 
+    if timeline:
+        ownership.refuse_picture(timeline)
     found = find_runs(run)
     if len(found) > 1:
         for folder in found:
@@ -226,7 +229,6 @@ def _draw(folder: Path, target: Path) -> None:
     try:
         from gpuem.plot_timeline import save_timeline
 
-        target.parent.mkdir(parents=True, exist_ok=True)
         out.print(f"picture          {escape(str(save_timeline(folder, target)))}")
     except ImportError:
         err.print(escape("no picture: matplotlib is not installed (pip install 'gpuem[plot]', or matplotlib itself)"))

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypedDict, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuem import backends, dataset, engine, executors, identity, keeping, recipe, results, run_folder, tiles
+from gpuem import backends, dataset, engine, executors, identity, keeping, outputs, recipe, results, run_folder, tiles
 from gpuem.analyses import Analysis, Looking, Map, View
 from gpuem.backends import Device, Sums, Weights
 from gpuem.dataset import Dataset
@@ -215,19 +215,19 @@ def run_recipe(
         The run ended early; finished shards are kept.
     """
     asked, text = recipe.load_one(Path(path), **changes)
-    return run_asked(asked, text, overwrite=overwrite, resume=resume, watch=watch, crew=crew)
+    return run_asked(asked, text, Path(path), overwrite=overwrite, resume=resume, watch=watch, crew=crew)
 
 
 def run_asked(
-    asked: recipe.Recipe, text: str, *, overwrite: bool, resume: bool, watch: Watch, crew: Crew | None
+    asked: recipe.Recipe, text: str, path: Path, *, overwrite: bool, resume: bool, watch: Watch, crew: Crew | None
 ) -> tuple[Results, Path]:
-    """`run_recipe`, once the recipe is read, and is of one data set."""
+    """`run_recipe`, once the recipe is read from `path`, and is of one data set."""
     output, folder = asked.output.path, run_folder.beside(asked.output.path)
-    if not (resume and results.is_result(output)):
-        results.check_writable(output, overwrite=overwrite)
+    outputs.begin(asked, path, overwrite=overwrite, resume=resume)
     if not resume:
         run_folder.refuse_unfinished(folder, overwrite=overwrite)
     ds = open_input(asked)
+    outputs.refuse_overlaps(outputs.places(asked), outputs.inputs(asked, ds))
     wanted = region(ds.scan_shape, asked.input.roi)
     if resume and results.is_result(output):
         found = results.load_results(output)

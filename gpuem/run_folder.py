@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from gpuem import atomic, ownership
 from gpuem.analyses import Analysis
 from gpuem.engine import Job
 from gpuem.errors import InputError, OutputError
@@ -34,9 +35,11 @@ from gpuem.errors import InputError, OutputError
 BEAT = 2.0
 # all that a run leaves in its folder, beside finished shards
 _LASTING = (
-    *("run.json", "looked.pkl", "launch.json", "timeline.png", "events.jsonl", "events-[0-9]*.jsonl"),
+    *("run.json", "looked.pkl", "launch.json", "events.jsonl", "events-[0-9]*.jsonl"),
     *("alive", "alive-[0-9]*", "lock", "lock-[0-9]*", "rank-[0-9]*"),
 )
+# all that lies with finished shards
+_STORED = ("masks.npy", "images.npy", "moments.npy", "fit-[0-9]*.npy", "*.bin", "*.jsonl")
 log = logging.getLogger("gpuem")
 
 
@@ -70,11 +73,12 @@ class RunFolder:
         self._alive = path / f"alive{suffix}"
         self._over = threading.Event()
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            ownership.claim(path, f"lock{suffix}", f"alive{suffix}", f"events{suffix}.jsonl")
             self._lock = (path / f"lock{suffix}").open("a+")
             self._claim()
             self._events = path / f"events{suffix}.jsonl"
             self._log = _open_log(self._events)
+            self._alive.touch()
         except OSError as error:
             raise OutputError(f"{path}: {error.strerror}: the folder of the run can't be written") from error
         self._writing = threading.Lock()
@@ -113,10 +117,10 @@ class RunFolder:
             os.close(self._log)
             self._log = -1
         with contextlib.suppress(OSError):
-            self._alive.unlink(missing_ok=True)
+            ownership.remove(self.path, self._alive.name)
             if error is not None and self._rank is None and not finished_shards(self.path):
                 # nothing to go on with
-                self._remove(*_LASTING)
+                self._remove(*_LASTING, "timeline.png")
         with contextlib.suppress(OSError):
             self._lock.close()
 
@@ -153,6 +157,7 @@ class RunFolder:
         """Forget what an earlier run left here."""
         # what says how to go on first: whatever stops this, nothing half removed is taken for a run
         self._remove("run.json", "looked.pkl", "events.jsonl", "events-[0-9]*.jsonl", "rank-[0-9]*", "launch.json")
+        ownership.claim(self.path, self._events.name)
         with self._writing:
             os.close(self._log)
             self._log = _open_log(self._events)
@@ -164,23 +169,23 @@ class RunFolder:
             self._remove("looked.pkl", "lock", "lock-[0-9]*", "rank-[0-9]*")
 
     def _remove(self, *patterns: str) -> None:
-        """Remove finished shards and these files, and the folder unless somebody else's lie in it."""
-        for pattern in patterns:
-            for path in self.path.glob(pattern):
-                path.unlink(missing_ok=True)
+        """Remove finished shards and these files, and the folder, as far as gpuem wrote and made them."""
         for store in (self.path / "store", *self.path.glob("store-[0-9]*")):
-            for path in (*store.glob("*.npy"), *(store / name for name in ("sums.bin", "done.jsonl"))):
-                path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                store.rmdir()
-        with contextlib.suppress(OSError):
-            self.path.rmdir()
+            ownership.remove(store, "*")
+        ownership.remove(self.path, *patterns)
 
     def _beat(self) -> None:
         while not self._over.is_set():
             with contextlib.suppress(OSError):
                 self._alive.touch()
             self._over.wait(BEAT)
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise OutputError where files lie in the place of a run folder that gpuem would replace and did not write."""
+    ownership.refuse_foreign(path, *_LASTING)
+    for store in (path / "store", *path.glob("store-[0-9]*")):
+        ownership.refuse_foreign(store, *_STORED)
 
 
 def finished_shards(path: Path) -> int:
@@ -247,7 +252,6 @@ def looked(path: Path) -> list[Analysis]:
 
 def say_launch(path: Path, launch: str, *, over: bool = False) -> None:
     """Tell other ranks of this launch that the run is planned, or over."""
-    path.mkdir(parents=True, exist_ok=True)
     write_whole(path / "launch.json", json.dumps({"launch": launch, "over": over}).encode())
 
 
@@ -259,14 +263,9 @@ def say_over(path: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that others see all of it or nothing."""
-    made = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        made.write_bytes(content)
-        made.replace(path)
-    except OSError as error:
-        made.unlink(missing_ok=True)
-        raise OutputError(f"{path}: {error.strerror}: the folder of the run can't be written") from error
+    """Write a file of a run folder so that others see all of it or nothing."""
+    ownership.claim(path.parent, path.name)
+    atomic.write_file(path, content)
 
 
 def _open_log(path: Path) -> int:

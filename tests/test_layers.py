@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SENTENCE = ["formats", "storage", "codecs", "tiles", "backends", "analyses", "engine", "results"]
+SENTENCE = ["formats", "storage", "codecs", "tiles", "backends", "analyses", "engine", "result_store", "results"]
 AFTER = [
     "correction",
     "stream",
@@ -26,6 +26,7 @@ AFTER = [
     "provenance",
     "synthetic_kernels",
     "synthetic",
+    "outputs",
     "job",
     "rank_job",
     "many",
@@ -47,7 +48,7 @@ AFTER = [
     "cli_report",
     "cli",
 ]
-EVERYWHERE = ["errors", "axes", "atomic"]
+EVERYWHERE = ["errors", "axes", "atomic", "ownership", "staging"]
 
 
 def modules():

@@ -17,7 +17,7 @@ from crystal import planted
 from killing import assert_same, boxes, chosen, events, floats, ints, runs_of_shards, shrink, stopping, watching
 
 import gpuem
-from gpuem import errors, identity, results, run_folder
+from gpuem import errors, identity, result_store, results, run_folder
 from gpuem.executors import local
 
 SHARD = 8 * 6 * 7 * 2
@@ -305,7 +305,7 @@ def test_a_result_that_can_not_be_saved_is_not_lost(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(results, "_write", full)
+        patch.setattr(result_store, "write", full)
         with pytest.raises(errors.ResumableError, match=r"the disk is full.*All shards are finished.*--resume"):
             gpuem.run_recipe(path)
     assert killing.kept(tmp_path / "recipe.run") == 12

@@ -15,7 +15,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpuem import errors
+from gpuem import errors, ownership
 from gpuem.checkpoint import Store
 from gpuem.engine import Job, Partial
 from gpuem.errors import GpuemError, RecipeError, ResumableError
@@ -256,7 +256,7 @@ def marked(folder: RunFolder, rank: Rank) -> Iterator[None]:
         Instead of what may pass.
     """
     mark = folder.path / f"rank-{rank.number}"
-    mark.unlink(missing_ok=True)
+    ownership.remove(folder.path, mark.name)
     error: BaseException | None = None
     try:
         yield
