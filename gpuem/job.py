@@ -215,11 +215,11 @@ def run_recipe(
         The run ended early; finished shards are kept.
     """
     asked, text = recipe.load_one(Path(path), **changes)
-    return run_asked(asked, text, Path(path), overwrite=overwrite, resume=resume, watch=watch, crew=crew)
+    return run_asked(asked, text, path=Path(path), overwrite=overwrite, resume=resume, watch=watch, crew=crew)
 
 
 def run_asked(
-    asked: recipe.Recipe, text: str, path: Path, *, overwrite: bool, resume: bool, watch: Watch, crew: Crew | None
+    asked: recipe.Recipe, text: str, *, path: Path, overwrite: bool, resume: bool, watch: Watch, crew: Crew | None
 ) -> tuple[Results, Path]:
     """`run_recipe`, once the recipe is read from `path`, and is of one data set."""
     output, folder = asked.output.path, run_folder.beside(asked.output.path)

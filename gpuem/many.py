@@ -200,7 +200,7 @@ def _run(campaign: Campaign, name: str, hands: _Hands, *, overwrite: bool, resum
         return Outcome(name, data, result, "not begun", _stopped(stop))
     try:
         found, where = job.run_asked(
-            asked, campaign.text, campaign.path, overwrite=overwrite, resume=resume, watch=watch, crew=crew
+            asked, campaign.text, path=campaign.path, overwrite=overwrite, resume=resume, watch=watch, crew=crew
         )
         facts = found.provenance
         frames, seconds = facts["frames"], facts["seconds"]["total"] if earlier else time.monotonic() - began

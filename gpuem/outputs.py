@@ -58,7 +58,9 @@ def check(recipe: Recipe, path: Path | None, *, overwrite: bool, finished: bool 
     finished : bool
         Whether the result that is there stays.
     """
-    results.refuse_impossible(recipe.output.path)
+    for place in places(recipe):
+        # the folder of the run and the pictures have longer names
+        results.refuse_impossible(place)
     refuse_overlaps(places(recipe), inputs(recipe) | ({} if path is None else {path: "the recipe"}))
     if not finished:
         results.check_writable(recipe.output.path, overwrite=overwrite)

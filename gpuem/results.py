@@ -131,9 +131,7 @@ def refuse_impossible(target: Path) -> None:
     if target.name in ("", "..") or "\0" in str(target):
         raise OutputError(f"{str(target)!r}: not a name for a folder of results; choose another [output] path")
     try:
-        # the folder of the run and pictures lie beside it, under longer names
-        for suffix in ("", ".previews"):
-            os.lstat(f"{target}{suffix}")
+        os.lstat(target)
     except (FileNotFoundError, NotADirectoryError):
         # the latter is told in other words
         return

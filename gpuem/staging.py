@@ -47,8 +47,11 @@ def staged(target: Path) -> Iterator[Path]:
     place.mkdir()
     try:
         owner = {"format": FORMAT, "version": VERSION, "id": identity, "target": target.name, **_this_process()}
-        atomic.write_file(place / "owner.json", json.dumps(owner).encode())
-        with (place / "owner.json").open("rb") as lock:
+        # at once under its name: of what is unfinished nobody could tell whose it is
+        with (place / "owner.json").open("x", encoding="utf-8") as lock:
+            lock.write(json.dumps(owner))
+            lock.flush()
+            os.fsync(lock.fileno())
             with contextlib.suppress(OSError):
                 # some network file systems know no locks; there the process number tells
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -254,8 +257,11 @@ def _remove(place: Path) -> None:
     for name in ("new", "replaced"):
         # never follows symlinks
         shutil.rmtree(place / name, ignore_errors=True)
-    for name in ("plan.json", "owner.json"):
-        with contextlib.suppress(OSError):
-            (place / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):
-        place.rmdir()
+        for path in place.glob(".plan.json.partial-*"):
+            path.unlink(missing_ok=True)
+        (place / "plan.json").unlink(missing_ok=True)
+        # somebody else's file keeps its folder, and the folder its description
+        if [path.name for path in place.iterdir()] in ([], ["owner.json"]):
+            (place / "owner.json").unlink(missing_ok=True)
+            place.rmdir()
