@@ -31,7 +31,7 @@ from gpuem.cli_report import (
 )
 from gpuem.cli_slurm import slurm
 from gpuem.cli_status import status
-from gpuem.errors import GpuemError, RecipeError, ResumableError
+from gpuem.errors import GpuemError, InputError, RecipeError, ResumableError
 from gpuem.progress import Progress, duration, err
 
 if TYPE_CHECKING:
@@ -203,7 +203,10 @@ def info(path: Annotated[Path, typer.Argument(help="A detector file, or a result
     from gpuem import results
 
     if path.is_dir() and results.is_readable(path):
-        describe_results(results.load_results(path), path)
+        try:
+            describe_results(results.load_results(path), path)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"{path}: a damaged gpuem result: how it came about can't be read: {error!r}") from error
         return
     from gpuem.formats import check_readable, find_format, read_header
 

@@ -72,7 +72,7 @@ def _show_look(found: StrainFit, output: Path) -> None:
     """What was found in the sample: in words, and over the mean pattern as a picture."""
     for line in found.picture.lines:
         out.print(f"{found.name:<16} {escape(line)}")
-    target = output.with_name(f"{output.name.removesuffix('.zarr')}.{found.name}.look.png")
+    target = output.parent / f"{output.name.removesuffix('.zarr')}.{found.name}.look.png"
     try:
         from gpuem.panels import save_picture
         from gpuem.plot_look import figure_of_look

@@ -45,7 +45,7 @@ log = logging.getLogger("gpuem")
 
 def beside(output: Path) -> Path:
     """The folder of the run whose result is `output`."""
-    return output.with_name(f"{output.name.removesuffix('.zarr')}.run")
+    return output.parent / f"{output.name.removesuffix('.zarr')}.run"
 
 
 class RunFolder:

@@ -256,7 +256,7 @@ def test_a_recipe_goes_on_and_leaves_only_its_log(tmp_path):
     assert killing.kept(tmp_path / "recipe.run") == 5
     found, where = gpuem.run_recipe(path, resume=True)
     left = {file.name for file in (tmp_path / "recipe.run").iterdir()}
-    assert left == {"run.json", "events.jsonl"}
+    assert left == {".gpuem-files.json", "run.json", "events.jsonl"}
     assert [event["event"] for event in events(tmp_path / "recipe.run", "start", "stop", "finish")] == [
         "start", "stop", "start", "finish",
     ]  # fmt: skip
