@@ -91,10 +91,12 @@ class Results(Mapping[str, Map]):
 
     def _refuse_input(self, target: Path) -> None:
         """Never write into a folder that the data came from."""
-        files = self.provenance.get("input", {}).get("files", [])
+        about = self.provenance.get("input")
+        files = about.get("files", []) if isinstance(about, dict) else []
         place = os.path.realpath(target)
         for file in files:
-            data = os.path.realpath(file["path"])
+            # of an URL it is nonsense, and nowhere near
+            data = os.path.realpath(str(file["path"]))
             if f"{data}{os.sep}".startswith(f"{place}{os.sep}"):
                 raise OutputError(f"{target}: the data of this result lie there ({data}); choose another name")
 

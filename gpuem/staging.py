@@ -77,7 +77,7 @@ def exchange(place: Path, target: Path, old: Collection[str], new: Collection[st
     Raises
     ------
     OutputError
-        A file that is none of the old ones is in the way; nothing was changed.
+        A file that is none of the old ones is in the way, and nothing was changed; or the old files can't be put back.
     OSError
         Files can't be moved; the old ones are back in their places.
     """
@@ -96,7 +96,13 @@ def exchange(place: Path, target: Path, old: Collection[str], new: Collection[st
         _prune(target, set(old) - set(new))
         _sync_folders(target, {*old, *new})
     except BaseException:
-        _undo(place, target)
+        try:
+            _undo(place, target)
+        except OSError as error:
+            raise OutputError(
+                f"{target}: only partly replaced, as the disk fails: {error}; the next run puts the old files back, "
+                f"which lie in {place / 'replaced'}"
+            ) from error
         raise
     # from here on only the new files count
     (place / "plan.json").unlink()
