@@ -13,8 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from gpuem import ownership
-from gpuem.errors import InputError, RecipeError
+from gpuem.errors import InputError, OutputError, RecipeError
 from gpuem.progress import duration, err, rate
 
 if TYPE_CHECKING:
@@ -39,8 +38,6 @@ def status(
     """Say how far a run is, who works on it, what went wrong, and which stage takes the time."""
     from gpuem.status import Log
 
-    if timeline:
-        ownership.refuse_picture(timeline)
     found = find_runs(run)
     if len(found) > 1:
         for folder in found:
@@ -232,5 +229,5 @@ def _draw(folder: Path, target: Path) -> None:
         out.print(f"picture          {escape(str(save_timeline(folder, target)))}")
     except ImportError:
         err.print(escape("no picture: matplotlib is not installed (pip install 'gpuem[plot]', or matplotlib itself)"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OutputError) as error:
         err.print(f"no picture: {escape(str(error))}")
