@@ -50,6 +50,20 @@ def write_file(path: Path, content: bytes) -> None:
         raise OutputError(f"{path}: not written: {format_error(error)}") from error
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder, and those above it that are missing, durably.
+
+    Raises
+    ------
+    OSError
+        It can't be created, or a file of this name is there.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.is_dir()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
+
+
 def sync_folder(path: Path) -> None:
     """Make renames, new names and removals in a folder durable; where a file system can't, do nothing."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

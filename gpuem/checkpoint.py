@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuem import shard_records
+from gpuem import ownership, shard_records
 from gpuem.array_files import Array, Bytes, bytes_of, npy_header, read_at, write_at
 from gpuem.atomic import sync_folder
 from gpuem.backends import Lost, Sums
@@ -85,7 +85,7 @@ class Store:
         OutputError
             There is no room for them.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._claim()
         free = shutil.disk_usage(self.folder).free
         if self._nbytes > free and not self.finished:
             raise OutputError(
@@ -317,8 +317,18 @@ class Store:
                 out[first:last] = read_at(file, at, out[first:last].shape, dtype)
         return out
 
+    def _claim(self, *names: str) -> None:
+        """Files of these names are about to be written; raises OutputError where somebody else's are there."""
+        try:
+            ownership.claim(self.folder, *names)
+        except OutputError as error:
+            # a disk that is full or gone may pass
+            raise error.__cause__ if isinstance(error.__cause__, OSError) else error from None
+
     def _open(self, name: str, flags: int = os.O_RDONLY) -> int:
         if name not in self._files:
+            if flags & os.O_CREAT:
+                self._claim(name)
             self._files[name] = open_regular(self.folder / name, flags)
         return self._files[name]
 

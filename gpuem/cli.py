@@ -31,7 +31,7 @@ from gpuem.cli_report import (
 )
 from gpuem.cli_slurm import slurm
 from gpuem.cli_status import status
-from gpuem.errors import GpuemError, RecipeError, ResumableError
+from gpuem.errors import GpuemError, InputError, RecipeError, ResumableError
 from gpuem.progress import Progress, duration, err
 
 if TYPE_CHECKING:
@@ -159,14 +159,13 @@ def _rank(recipe: Path, changes: dict[str, Any]) -> Any:
 @app.command()
 def check(recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file.")]) -> None:
     """Do everything `run` does before it streams the data: shards, bytes, memory, estimated time."""
-    from gpuem import recipe as recipes
+    from gpuem import many
 
-    asked, _ = recipes.load(recipe)
-    alone = recipes.one_by_one(asked)
-    if asked.input.each is None:
-        check_one(recipes.only(asked))
+    campaign = many.load(recipe)
+    if campaign.several:
+        check_many(campaign)
     else:
-        check_many(alone)
+        check_one(next(iter(campaign.alone.values())), recipe)
 
 
 @app.command()
@@ -201,8 +200,11 @@ def info(path: Annotated[Path, typer.Argument(help="A detector file, or a result
     """Say what a detector file or a result holds."""
     from gpuem import results
 
-    if path.is_dir() and results.is_result(path):
-        describe_results(results.load_results(path), path)
+    if path.is_dir() and results.is_readable(path):
+        try:
+            describe_results(results.load_results(path), path)
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"{path}: a damaged gpuem result: how it came about can't be read: {error!r}") from error
         return
     from gpuem.formats import check_readable, find_format, read_header
 

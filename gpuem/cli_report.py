@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from gpuem.errors import GpuemError, InputError
+from gpuem.errors import GpuemError, InputError, OutputError
 from gpuem.progress import duration, err, rate
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gpuem.analyses.strain_maps import StrainFit
     from gpuem.dataset import Dataset
     from gpuem.engine import Job
-    from gpuem.many import Outcome
+    from gpuem.many import Campaign, Outcome
     from gpuem.recipe import Recipe
     from gpuem.results import Results
 
@@ -26,9 +26,9 @@ LONG = 10.0
 out = Console(highlight=False, soft_wrap=True)
 
 
-def check_one(asked: Recipe) -> None:
+def check_one(asked: Recipe, path: Path) -> None:
     """Do all of a run before it streams, and say what it would do."""
-    from gpuem import job, region, results, sampling
+    from gpuem import job, outputs, region, sampling
     from gpuem.analyses.strain_maps import StrainFit
 
     ds = job.open_input(asked)
@@ -43,7 +43,8 @@ def check_one(asked: Recipe) -> None:
         _show_look(analysis, asked.output.path)
     out.print("The recipe is good; nothing was streamed.")
     try:
-        results.check_writable(asked.output.path, overwrite=False)
+        outputs.check(asked, path, overwrite=False)
+        outputs.refuse_overlaps(outputs.places(asked), outputs.inputs(asked, ds))
     except GpuemError as error:
         out.print(f"But: {escape(str(error))}")
 
@@ -81,7 +82,7 @@ def _show_look(found: StrainFit, output: Path) -> None:
 
         return figure_of_look(found)
 
-    _save_picture(draw, output.with_name(f"{output.name.removesuffix('.zarr')}.{found.name}.look.png"))
+    _save_picture(draw, output.parent / f"{output.name.removesuffix('.zarr')}.{found.name}.look.png")
 
 
 def _show_places(analyses: Sequence[Any], view: View, seen: Sample | None, why: str, output: Path) -> None:
@@ -108,23 +109,23 @@ def _show_places(analyses: Sequence[Any], view: View, seen: Sample | None, why: 
 
         return detectors_figure(seen.mean, places, beam)
 
-    _save_picture(draw, output.with_name(f"{output.name.removesuffix('.zarr')}.detectors.png"))
+    _save_picture(draw, output.parent / f"{output.name.removesuffix('.zarr')}.detectors.png")
 
 
 def _save_picture(draw: Callable[[], Any], target: Path) -> None:
     """Draw a picture and say where it lies, or why there is none."""
     try:
-        figure = draw()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=110)
+        from gpuem.panels import save_picture
+
+        save_picture(draw(), target, 110)
         out.print(f"picture          {escape(str(target))}")
     except ImportError:
         err.print(escape("no picture: matplotlib is not installed (pip install 'gpuem[plot]', or matplotlib itself)"))
-    except OSError as error:
+    except (OSError, OutputError) as error:
         err.print(f"no picture: {escape(str(error))}")
 
 
-def check_many(alone: dict[str, Recipe]) -> None:
+def check_many(campaign: Campaign) -> None:
     """Open all data sets of a recipe, list them, and check the first as `check_one` does.
 
     Raises
@@ -134,8 +135,9 @@ def check_many(alone: dict[str, Recipe]) -> None:
     """
     from rich.table import Table
 
-    from gpuem import job, results
+    from gpuem import job, many, results
 
+    alone = campaign.alone
     table = Table("name", "scan", "frame", "GB", "", title=f"{len(alone):,} data sets", title_justify="left")
     bad, good = 0, None
     for name, asked in alone.items():
@@ -151,7 +153,11 @@ def check_many(alone: dict[str, Recipe]) -> None:
         table.add_row(escape(name), scan, frame, f"{ds.source.nbytes / 1e9:,.3f}", there)
     out.print(table)
     if good is not None:
-        check_one(good)
+        check_one(good, campaign.path)
+    try:
+        many.check_outputs(campaign)
+    except GpuemError as error:
+        out.print(f"But: {escape(str(error))}")
     if bad:
         raise InputError(f"{bad:,} of {len(alone):,} data sets can't be opened; see the list")
 
@@ -202,11 +208,9 @@ def first_line(error: BaseException) -> str:
 def previews(found: Results, where: Path) -> None:
     """Draw the maps as pictures beside the result."""
     try:
-        from gpuem import plot
+        from gpuem import outputs, plot
 
-        folder = where.parent / (where.name.removesuffix(".zarr") + ".previews")
-        if folder == where:
-            folder = where.parent / f"{where.name}.pictures"
+        folder = outputs.previews_folder(where)
         plot.save_previews(found, folder)
         out.print(f"pictures         {escape(str(folder))}")
         if found.provenance["seconds"]["total"] > LONG:
@@ -216,7 +220,7 @@ def previews(found: Results, where: Path) -> None:
             out.print(f"timeline         {escape(str(save_timeline(beside(where))))}")
     except ImportError:
         err.print(escape("no pictures: matplotlib is not installed (pip install 'gpuem[plot]', or matplotlib itself)"))
-    except OSError as error:
+    except (OSError, OutputError) as error:
         err.print(f"no pictures: {escape(str(error))}; the result itself is complete")
 
 

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from gpuem.errors import InputError, RecipeError
+from gpuem.errors import InputError, OutputError, RecipeError
 from gpuem.progress import duration, err, rate
 
 if TYPE_CHECKING:
@@ -231,9 +231,8 @@ def _draw(folder: Path, target: Path) -> None:
     try:
         from gpuem.plot_timeline import save_timeline
 
-        target.parent.mkdir(parents=True, exist_ok=True)
         out.print(f"picture          {escape(str(save_timeline(folder, target)))}")
     except ImportError:
         err.print(escape("no picture: matplotlib is not installed (pip install 'gpuem[plot]', or matplotlib itself)"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OutputError) as error:
         err.print(f"no picture: {escape(str(error))}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuem.results import Results
+from gpuem import atomic, ownership, run_folder
+from gpuem.errors import OutputError
+from gpuem.results import Results, load_results
 
 SCAN, FRAME = (48, 64), (64, 64)
 RADIUS = 14.0
@@ -66,24 +69,58 @@ def truth() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 
 def write(folder: Path) -> Path:
-    """Write ``demo.raw`` and ``demo.toml``; returns the recipe's path."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write ``demo.raw`` and ``demo.toml``; returns the recipe's path.
+
+    Raises
+    ------
+    OutputError
+        Something else is there under these names, or under those of the results; nothing was changed.
+    """
+    recipe = folder / "demo.toml"
+    contents = {folder / "demo.raw": _frames(), recipe: RECIPE.encode()}
+    for path, content in contents.items():
+        if os.path.lexists(path) and not (ownership.is_plain_file(folder, path.name) and path.read_bytes() == content):
+            raise OutputError(f"{path}: exists and isn't what the demo writes, so it is not replaced; {_REMEDY}")
+    _refuse_other_runs(folder)
+    try:
+        atomic.make_folder(folder)
+    except OSError as error:
+        raise OutputError(f"{folder}: not created: {atomic.format_error(error)}; {_REMEDY}") from error
+    for path, content in contents.items():
+        if not path.exists():
+            atomic.write_file(path, content)
+    return recipe
+
+
+_REMEDY = "give the demo another folder"
+
+
+def _refuse_other_runs(folder: Path) -> None:
+    """Results and runs are replaced without being asked for only where they are the demo's own."""
+    result = folder / "demo.results.zarr"
+    about = run_folder.description(run_folder.beside(result))
+    recipes = [about.get("recipe")] if about is not None else []
+    if os.path.lexists(result):
+        recipes.append(load_results(result).provenance.get("recipe"))
+    if any(recipe != RECIPE for recipe in recipes):
+        raise OutputError(f"{result}: the result or the run that is there is not of the demo; {_REMEDY}")
+
+
+def _frames() -> bytes:
+    """The content of ``demo.raw``."""
     rng = np.random.default_rng(2026)
     shift, scattered = truth()
     center = np.array([(FRAME[0] - 1) / 2, (FRAME[1] - 1) / 2])
     y, x = np.mgrid[: FRAME[0], : FRAME[1]]
     ring = np.exp(-(((np.hypot(y - center[0], x - center[1]) - 26) / 3.0) ** 2))
-    with (folder / "demo.raw").open("wb") as stream:
-        for index in np.ndindex(*SCAN):
-            cy, cx = center + shift[index]
-            disk = np.clip(RADIUS + 0.5 - np.hypot(y - cy, x - cx), 0, 1)
-            mean = 40.0 * (1 - scattered[index]) * disk + 12.0 * scattered[index] * ring
-            frame = rng.poisson(mean).astype(">u2")
-            stream.write(f"frame {np.ravel_multi_index(index, SCAN):06d}".encode().ljust(32))
-            stream.write(frame.tobytes())
-    recipe = folder / "demo.toml"
-    recipe.write_text(RECIPE, encoding="utf-8")
-    return recipe
+    parts = []
+    for index in np.ndindex(*SCAN):
+        cy, cx = center + shift[index]
+        disk = np.clip(RADIUS + 0.5 - np.hypot(y - cy, x - cx), 0, 1)
+        mean = 40.0 * (1 - scattered[index]) * disk + 12.0 * scattered[index] * ring
+        frame = rng.poisson(mean).astype(">u2")
+        parts += [f"frame {np.ravel_multi_index(index, SCAN):06d}".encode().ljust(32), frame.tobytes()]
+    return b"".join(parts)
 
 
 def compare(results: Results) -> list[tuple[str, str, str, bool]]:

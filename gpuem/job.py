@@ -17,6 +17,7 @@ from gpuem import (
     executors,
     identity,
     keeping,
+    outputs,
     prepared,
     recipe,
     results,
@@ -233,20 +234,20 @@ def run_recipe(
         The run ended early; finished shards are kept.
     """
     asked, text = recipe.load_one(Path(path), **changes)
-    return run_asked(asked, text, overwrite=overwrite, resume=resume, watch=watch, crew=crew)
+    return run_asked(asked, text, path=Path(path), overwrite=overwrite, resume=resume, watch=watch, crew=crew)
 
 
 def run_asked(
-    asked: recipe.Recipe, text: str, *, overwrite: bool, resume: bool, watch: Watch, crew: Crew | None
+    asked: recipe.Recipe, text: str, *, path: Path, overwrite: bool, resume: bool, watch: Watch, crew: Crew | None
 ) -> tuple[Results, Path]:
-    """`run_recipe`, once the recipe is read, and is of one data set."""
+    """`run_recipe`, once the recipe is read from `path`, and is of one data set."""
     output, folder = asked.output.path, run_folder.beside(asked.output.path)
     there = results.is_result(output)
-    if not (resume and there):
-        results.check_writable(output, overwrite=overwrite)
+    outputs.begin(asked, path, overwrite=overwrite, resume=resume)
     if not resume:
         run_folder.refuse_unfinished(folder, overwrite=overwrite)
     ds = open_input(asked)
+    outputs.refuse_overlaps(outputs.places(asked), outputs.inputs(asked, ds))
     wanted = region(ds.scan_shape, asked.input.roi)
     if resume and there:
         now = identity.of_data(ds, asked.analysis, wanted, version())

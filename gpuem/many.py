@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from gpuem import executors, job, recipe, results, run_folder
-from gpuem.atomic import format_error, write_file
+from gpuem import atomic, executors, job, outputs, ownership, recipe, results, run_folder
 from gpuem.errors import GpuemError, OutputError, ResumableError
 from gpuem.executors import Crew
 from gpuem.identity import version
@@ -26,6 +25,7 @@ log = logging.getLogger("gpuem")
 State = Literal["done", "kept", "failed", "not begun"]
 # how often the summary is written on the way, in seconds
 SUMMARY_SECONDS = 5.0
+SUMMARY_FORMAT, SUMMARY_VERSION = "gpuem summary", 1
 
 
 @dataclass(frozen=True)
@@ -185,9 +185,13 @@ def runs(
 
     Raises
     ------
+    OutputError
+        Something would be written on, in or around what is read, or would replace what gpuem did not write.
     GpuemError
         Workers can't be started.
     """
+    if campaign.several:
+        check_outputs(campaign)
     told: dict[str, dict[str, Any]] = {}
     written = -SUMMARY_SECONDS
     options = next(iter(campaign.alone.values())).run
@@ -227,7 +231,9 @@ def _run(campaign: Campaign, name: str, hands: _Hands, *, overwrite: bool, resum
     except KeyboardInterrupt as stop:
         return Outcome(name, data, result, "not begun", _stopped(stop))
     try:
-        found, where = job.run_asked(asked, campaign.text, overwrite=overwrite, resume=resume, watch=watch, crew=crew)
+        found, where = job.run_asked(
+            asked, campaign.text, path=campaign.path, overwrite=overwrite, resume=resume, watch=watch, crew=crew
+        )
         facts = found.provenance
         frames, seconds = facts["frames"], facts["seconds"]["total"] if earlier else time.monotonic() - began
         return Outcome(
@@ -309,6 +315,23 @@ def filled(campaign: Campaign, outcomes: Iterable[Outcome]) -> list[Outcome]:
     ]
 
 
+def check_outputs(campaign: Campaign) -> None:
+    """Raise OutputError where a campaign would write on what it reads, or over what gpuem did not write."""
+    outputs.check_campaign(campaign.alone, campaign.path, campaign.summary)
+    refuse_foreign_summary(campaign.summary)
+
+
+def refuse_foreign_summary(path: Path) -> None:
+    """Raise OutputError where something is there that isn't a summary that gpuem wrote."""
+    found = ownership.read_json(path, most_nbytes=1 << 30)
+    known = found is not None and ownership.has_format(found, SUMMARY_FORMAT, SUMMARY_VERSION)
+    if os.path.lexists(path) and not known:
+        raise OutputError(
+            f"{path}: the summary goes there, but gpuem did not write what is there, so it is not replaced; move it "
+            "away, or rename the recipe"
+        )
+
+
 def _write_summary(campaign: Campaign, told: dict[str, dict[str, Any]]) -> None:
     """Write what became of the data sets so far; a disk that is full must not end the run for that."""
     if not campaign.several:
@@ -316,6 +339,9 @@ def _write_summary(campaign: Campaign, told: dict[str, dict[str, Any]]) -> None:
     rows = [told.get(outcome.name, outcome.row) for outcome in filled(campaign, ())]
     counts = {state: sum(row["state"] == state for row in rows) for state in ("done", "kept", "failed", "not begun")}
     content = {
+        "format": SUMMARY_FORMAT,
+        "version": SUMMARY_VERSION,
+        "id": ownership.new_id(),
         "gpuem": version(),
         "recipe": str(campaign.path.absolute()),
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -323,12 +349,13 @@ def _write_summary(campaign: Campaign, told: dict[str, dict[str, Any]]) -> None:
         "data sets": rows,
     }
     try:
-        campaign.summary.parent.mkdir(parents=True, exist_ok=True)
-        write_file(campaign.summary, json.dumps(content, indent=1).encode())
+        atomic.make_folder(campaign.summary.parent)
+        refuse_foreign_summary(campaign.summary)
+        atomic.write_file(campaign.summary, json.dumps(content, indent=1).encode())
     except OutputError as error:
-        log.warning("%s", error)
+        log.warning("the summary: %s", error)
     except OSError as error:
-        log.warning("%s: not written: %s", campaign.summary, format_error(error))
+        log.warning("the summary: %s: not written: %s", campaign.summary, atomic.format_error(error))
 
 
 def run_recipes(

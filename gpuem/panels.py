@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuem import atomic, ownership
 from gpuem.axes import Axis
+from gpuem.errors import OutputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +29,31 @@ def empty_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
     return figure
+
+
+def png(figure: Figure, dpi: int) -> bytes:
+    """A figure as a PNG file that says that gpuem drew it."""
+    file = io.BytesIO()
+    mark = {ownership.PICTURE: ownership.picture_mark()}
+    figure.savefig(file, format="png", dpi=dpi, metadata=mark, pil_kwargs={"compress_level": 3})
+    return file.getvalue()
+
+
+def save_picture(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a figure as a PNG file, in the place of one that gpuem drew, but of nothing else.
+
+    Raises
+    ------
+    OutputError
+        Something else is there, the name isn't that of a PNG file, or it can't be written.
+    """
+    ownership.refuse_picture(path)
+    picture = png(figure, dpi)
+    try:
+        atomic.make_folder(path.parent)
+    except OSError as error:
+        raise OutputError(f"{path}: not written: {atomic.format_error(error)}") from error
+    atomic.write_file(path, picture)
 
 
 def hatch_unknown(axes: Axes) -> None:

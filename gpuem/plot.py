@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gpuem import atomic, ownership
 from gpuem.analyses import Map
-from gpuem.panels import beyond, empty_figure, hatch_unknown, scale_bar
+from gpuem.panels import beyond, empty_figure, hatch_unknown, png, scale_bar
 from gpuem.plot_detectors import detectors_figure, places_of_maps
 from gpuem.plot_strain import strain_figures
 from gpuem.results import Results
@@ -24,22 +25,24 @@ _SIGNED = ("shift_y", "shift_x", "field_y", "field_x", "divergence", "curl")
 
 
 def save_previews(results: Results, folder: Path) -> list[Path]:
-    """Write one PNG per analysis into `folder`, replacing the pictures that are there.
+    """Write one PNG per analysis into `folder`, replacing the pictures that gpuem wrote there before.
 
     Returns
     -------
     list of Path
         The pictures.
+
+    Raises
+    ------
+    OutputError
+        Somebody else's picture of such a name is there, or the folder can't be written. Nothing was changed then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.png"):
-        old.unlink()
-    written = []
+    pictures: dict[str, bytes] = {}
     groups: dict[str, dict[str, Map]] = {}
     strains = [name.removesuffix("/exx") for name in results.maps if name.endswith("/exx")]
     for name in strains:
         for suffix, figure in strain_figures(results.maps, name).items():
-            written.append(_save(figure, folder / f"{name}{suffix}.png"))
+            pictures[f"{name}{suffix}.png"] = png(figure, 100)
     for name, item in results.maps.items():
         group, _, last = name.rpartition("/")
         if group in strains:
@@ -49,23 +52,22 @@ def save_previews(results: Results, folder: Path) -> list[Path]:
     for group, maps in groups.items():
         kinds = [kind for kind in _SHOWN.values() if set(kind) & set(maps)]
         shown = {k: m for k, m in maps.items() if not kinds or k in kinds[0]}
-        written.append(_save(figure_of(group, shown), folder / f"{group}.png"))
-    written += _save_detectors(results, folder)
-    return written
+        pictures[f"{group}.png"] = png(figure_of(group, shown), 100)
+    pictures |= _detectors(results)
+    ownership.claim(folder, *pictures)
+    for name, picture in pictures.items():
+        atomic.write_file(folder / name, picture)
+    ownership.remove_others(folder, pictures)
+    return [folder / name for name in pictures]
 
 
-def _save_detectors(results: Results, folder: Path) -> list[Path]:
+def _detectors(results: Results) -> dict[str, bytes]:
     """Where the detectors lie, over the mean pattern, where the run made one."""
     places = places_of_maps(results.maps)
     for name, item in results.maps.items():
         if places and name.endswith("/mean") and [axis.name for axis in item.axes] == ["detector_y", "detector_x"]:
-            return [_save(detectors_figure(item.data, places), folder / f"{name.removesuffix('/mean')}.detectors.png")]
-    return []
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=100, pil_kwargs={"compress_level": 3})
-    return path
+            return {f"{name.removesuffix('/mean')}.detectors.png": png(detectors_figure(item.data, places), 100)}
+    return {}
 
 
 def figure_of(title: str, maps: dict[str, Map]) -> Figure:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuem.panels import empty_figure
+from gpuem import atomic, ownership
+from gpuem.panels import empty_figure, png, save_picture
 from gpuem.progress import duration
 from gpuem.status import Log
 from gpuem.timings import PAUSE_LOOKS, STAGES, Timeline, overlaps, throughput, timeline
@@ -50,10 +51,19 @@ def save_timeline(folder: Path, path: Path | None = None) -> Path:
     -------
     Path
         The picture.
+
+    Raises
+    ------
+    OutputError
+        Something is there that gpuem did not draw, or it can't be written.
     """
     target = path or folder / "timeline.png"
     figure = timeline_figure(timeline(Log(folder).read()), title=folder.name.removesuffix(".run"))
-    figure.savefig(target, dpi=110, pil_kwargs={"compress_level": 3})
+    if path is None:
+        ownership.claim(folder, target.name)
+        atomic.write_file(target, png(figure, 110))
+    else:
+        save_picture(figure, target, 110)
     return target
 
 

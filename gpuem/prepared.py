@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
+from gpuem import atomic, ownership
 from gpuem.analyses import Analysis, Looking, View
-from gpuem.atomic import write_file
 from gpuem.errors import InputError, RecipeError
 from gpuem.regular_files import read_regular
 
@@ -70,14 +70,15 @@ def save(folder: Path, asked: Sequence[Asked], looked: Sequence[Analysis], view:
     entries = [_entry(one, other, arrays, view) for one, other in zip(asked, looked, strict=True)]
     made = io.BytesIO()
     np.savez(made, allow_pickle=False, **arrays)
-    write_file(folder / NAMES[1], made.getvalue())
+    ownership.claim(folder, *NAMES)
+    atomic.write_file(folder / NAMES[1], made.getvalue())
     content = {
         "format": _FORMAT,
         "arrays": hashlib.sha256(made.getvalue()).hexdigest(),
         "checksum": _checksum(entries),
         "analyses": entries,
     }
-    write_file(folder / NAMES[0], json.dumps(content, indent=1, allow_nan=False).encode())
+    atomic.write_file(folder / NAMES[0], json.dumps(content, indent=1, allow_nan=False).encode())
 
 
 def load(

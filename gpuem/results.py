@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import errno
-import json
+import logging
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from gpuem import atomic, result_store, staging
 from gpuem.analyses import Map
-from gpuem.axes import Axis
 from gpuem.errors import InputError, OutputError
 
-_MARK = "gpuem"
+log = logging.getLogger("gpuem")
+# what Zarr and its codecs raise where files are missing or damaged
+_DAMAGED = (LookupError, TypeError, ValueError, OSError, RuntimeError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -53,12 +51,15 @@ class Results(Mapping[str, Map]):
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write all maps as one Zarr v3 folder, whole or not at all.
 
+        Files are on the disk before they get their names, and nothing that was there is removed before that. Where a
+        process is killed in between, the next one that saves into the same folder restores what was there.
+
         Parameters
         ----------
         path : path
             The folder, by convention ``name.zarr``.
         overwrite : bool
-            Replace a result that is there.
+            Replace a result that is there: the files that its own record lists. Whatever else lies in its folder stays.
 
         Returns
         -------
@@ -68,113 +69,107 @@ class Results(Mapping[str, Map]):
         Raises
         ------
         OutputError
-            It exists, the disk is full, or the folder can't be written.
+            It exists, a file that gpuem did not write is in the way, the disk is full, or the folder can't be written.
         """
         target = Path(path)
+        refuse_impossible(target)
+        staging.restore(target.parent)
         check_writable(target, overwrite=overwrite)
-        partial = target.parent / f".{target.name}.partial-{os.getpid()}"
+        self._refuse_input(target)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _write(self, partial)
-            if target.exists():
-                old = target.parent / f".{target.name}.old-{os.getpid()}"
-                target.rename(old)
-                try:
-                    partial.rename(target)
-                except OSError:
-                    old.rename(target)
-                    raise
-                shutil.rmtree(old)
-            else:
-                partial.rename(target)
+            atomic.make_folder(target.parent)
+            with staging.staged(target) as place:
+                old = result_store.read_record(target)
+                new = result_store.write(self.maps, self.provenance, place / "new")
+                replaced = [] if old is None else result_store.own_files(old)
+                staging.exchange(place, target, replaced, result_store.own_files(new))
         except OSError as error:
-            reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-            raise OutputError(f"{target}: not written: {reason}; nothing was left behind") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            raise OutputError(
+                f"{target}: not written: {atomic.format_error(error)}; what was there before is as it was"
+            ) from error
         return target
+
+    def _refuse_input(self, target: Path) -> None:
+        """Never write into a folder that the data came from."""
+        about = self.provenance.get("input")
+        files = about.get("files", []) if isinstance(about, dict) else []
+        place = os.path.realpath(target)
+        for file in files:
+            # of an URL it is nonsense, and nowhere near
+            data = os.path.realpath(str(file["path"]))
+            if f"{data}{os.sep}".startswith(f"{place}{os.sep}"):
+                raise OutputError(f"{target}: the data of this result lie there ({data}); choose another name")
 
 
 def check_writable(target: Path, *, overwrite: bool) -> None:
     """Raise OutputError where a result can't be written: told before hours of computing, not after."""
-    if target.exists() and not overwrite:
-        raise OutputError(f"{target}: exists; choose another name, or say --overwrite (overwrite=True)")
-    if target.exists() and not is_result(target):
-        raise OutputError(f"{target}: exists and isn't a gpuem result, so it is never overwritten; choose another name")
-    there = next(folder for folder in target.absolute().parents if folder.exists())
+    refuse_impossible(target)
+    if os.path.lexists(target):
+        if not overwrite:
+            raise OutputError(f"{target}: exists; choose another name, or say --overwrite (overwrite=True)")
+        if not is_result(target):
+            raise OutputError(f"{target}: exists and {_what_it_is(target)}, so it is never overwritten; {_REMEDY}")
+    there = next(folder for folder in target.absolute().parents if os.path.lexists(folder))
     if not there.is_dir():
         raise OutputError(f"{there}: a file; a folder can't be created in it")
     if not os.access(there, os.W_OK | os.X_OK):
         raise OutputError(f"{there}: no permission to write; choose another [output] path")
 
 
-def is_result(path: Path) -> bool:
-    """Whether `path` is a folder that `Results.save` wrote."""
+_REMEDY = "choose another name, or move it away yourself"
+
+
+def _what_it_is(target: Path) -> str:
+    if target.is_symlink():
+        return "is a symbolic link"
+    kind = result_store.describe_unrecorded(target)
+    if kind == "unrecorded":
+        return "is a result of an earlier version of gpuem, which kept no record of its files"
+    return "isn't a gpuem result" if kind == "alien" else "is a damaged gpuem result: its record is missing or damaged"
+
+
+def refuse_impossible(target: Path) -> None:
+    """Raise OutputError for a path that no folder can have: no name, a name too long, a NUL."""
+    if target.name in ("", "..") or "\0" in str(target):
+        raise OutputError(f"{str(target)!r}: not a name for a folder of results; choose another [output] path")
     try:
-        meta = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(meta, dict) and _MARK in meta.get("attributes", {})
+        os.lstat(target)
+    except (FileNotFoundError, NotADirectoryError):
+        # the latter is told in other words
+        return
+    except (OSError, ValueError) as error:
+        reason = atomic.format_error(error) if isinstance(error, OSError) else str(error)
+        raise OutputError(f"{target}: can't be written: {reason}; choose another [output] path") from error
+
+
+def is_result(path: Path) -> bool:
+    """Whether `path` is a folder that `Results.save` wrote, by the record in it."""
+    return result_store.read_record(path) is not None
+
+
+def is_readable(path: Path) -> bool:
+    """Whether `load_results` takes `path` for a result, be it of a version that kept no record, or damaged."""
+    return is_result(path) or result_store.describe_unrecorded(path) != "alien"
 
 
 def load_results(path: str | os.PathLike[str]) -> Results:
-    """Read results that `Results.save` wrote.
+    """Read results that `Results.save` wrote; their values are checked against the checksums that it kept.
 
     Raises
     ------
     InputError
-        Not a folder of gpuem results.
+        Not a folder of gpuem results, or a file in it is missing or damaged: which one, of which map.
     """
-    import zarr
-
     folder = Path(path)
     if not is_result(folder):
-        raise InputError(f"{folder}: not a gpuem result (a folder written by gpuem run or Results.save)")
+        kind = result_store.describe_unrecorded(folder)
+        if kind == "alien":
+            raise InputError(f"{folder}: not a gpuem result (a folder written by gpuem run or Results.save)")
+        if kind == "damaged":
+            raise InputError(f"{folder}: a damaged gpuem result: its record is missing or damaged; run it again")
+        log.warning("%s: of an earlier version of gpuem, which kept no checksums: its values are not checked", folder)
     try:
-        root: Any = zarr.open_group(folder, mode="r")
-        maps = {name: _read(root[_array_path(name)]) for name in root.attrs[_MARK]["maps"]}
-        return Results(maps, dict(root.attrs[_MARK]["provenance"]))
-    except (KeyError, TypeError, ValueError, OSError) as error:
+        maps, provenance = result_store.read(folder)
+        return Results(maps, provenance)
+    except _DAMAGED as error:
         raise InputError(f"{folder}: a damaged gpuem result ({type(error).__name__}: {error}); run it again") from error
-
-
-def _read(array: Any) -> Map:
-    attributes = dict(array.attrs)
-    axes = tuple(Axis(**axis) for axis in attributes.pop("axes"))
-    units, description = attributes.pop("units"), attributes.pop("long_name")
-    return Map(np.asarray(array[...]), axes, units, description, attributes)
-
-
-def _array_path(name: str) -> str:
-    """``com/x`` lies in group com; a single map ``adf`` in group adf under its own name; ``valid`` at the root."""
-    return name if "/" in name or name == "valid" else f"{name}/{name}"
-
-
-def _write(results: Results, folder: Path) -> None:
-    import zarr
-
-    root = zarr.open_group(folder, mode="w", zarr_format=3)
-    root.attrs.update({_MARK: {"maps": list(results.maps), "provenance": results.provenance}})
-    written: set[str] = set()
-    for name, item in results.maps.items():
-        path = _array_path(name)
-        attributes = {
-            "units": item.units,
-            "long_name": item.description,
-            "axes": [
-                {"name": a.name, "size": a.size, "step": a.step, "unit": a.unit, "origin": a.origin} for a in item.axes
-            ],
-            **item.attributes,
-        }
-        _add(root, path, np.asarray(item.data), [a.name for a in item.axes], attributes)
-        for axis in item.axes:
-            coordinate = str(Path(path).parent / axis.name)
-            if coordinate not in written:
-                _add(root, coordinate, axis.coordinates, [axis.name], {"units": axis.unit})
-                written.add(coordinate)
-
-
-def _add(root: Any, path: str, data: Any, dimensions: list[str], attributes: Mapping[str, Any]) -> None:
-    array = root.create_array(path, shape=data.shape, dtype=data.dtype, chunks=data.shape or None,
-                              compressors=None, dimension_names=dimensions, attributes=dict(attributes))  # fmt: skip
-    array[...] = data

@@ -26,7 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from gpuem.atomic import format_error, sync_folder, write_file
+from gpuem import atomic, ownership
+from gpuem.atomic import format_error
 from gpuem.engine import Job
 from gpuem.errors import InputError, OutputError
 from gpuem.regular_files import open_regular, read_regular
@@ -37,9 +38,11 @@ BEAT = 2.0
 _PREPARED = ("prepared.json", "prepared.npz", "looked.pkl")
 # all that a run leaves in its folder, beside finished shards
 _LASTING = (
-    *("run.json", *_PREPARED, "launch.json", "timeline.png", "events.jsonl", "events-[0-9]*.jsonl"),
-    *("alive", "alive-[0-9]*", "rank-[0-9]*", "claim-*"),
+    *("run.json", *_PREPARED, "launch.json", "events.jsonl", "events-[0-9]*.jsonl"),
+    *("alive", "alive-[0-9]*", "rank-[0-9]*", "claims/*"),
 )
+# all that lies with finished shards
+_STORED = ("masks.npy", "images.npy", "moments.npy", "fit-[0-9]*.npy", "*.bin", "*.jsonl")
 # of run.json and of what lies beside it; 1 had pickled analyses and no number
 FORMAT = 2
 log = logging.getLogger("gpuem")
@@ -49,7 +52,7 @@ _without_locks: set[int] = set()
 
 def beside(output: Path) -> Path:
     """The folder of the run whose result is `output`."""
-    return output.with_name(f"{output.name.removesuffix('.zarr')}.run")
+    return output.parent / f"{output.name.removesuffix('.zarr')}.run"
 
 
 class RunFolder:
@@ -81,11 +84,12 @@ class RunFolder:
         self.id, self.identity = uuid.uuid4().hex, dict[str, Any]()
         self._lock_path = path / f"lock{suffix}"
         try:
-            _create(path)
+            ownership.claim(path, self._lock_path.name, self._alive.name, f"events{suffix}.jsonl")
             self._lock = self._claim()
             self._events = path / f"events{suffix}.jsonl"
             self._log = _open_log(self._events)
             self._place = _inode(path)
+            self._alive.touch()
         except OSError as error:
             raise OutputError(f"{path}: the folder of the run can't be written: {format_error(error)}") from error
         self._writing = threading.Lock()
@@ -165,9 +169,9 @@ class RunFolder:
         nothing = error is not None and self._rank is None and mine and not finished_shards(self.path)
         with contextlib.suppress(OSError):
             if mine:
-                self._alive.unlink(missing_ok=True)
+                ownership.remove(self.path, self._alive.name)
             if nothing:
-                self._remove(*_LASTING)
+                self._remove(*_LASTING, "timeline.png")
                 self._remove_locks()
         with contextlib.suppress(OSError):
             # while it is held: others compare what they lock with what lies there
@@ -175,7 +179,8 @@ class RunFolder:
         os.close(self._lock)
         if nothing:
             with contextlib.suppress(OSError):
-                self.path.rmdir()
+                # the record, and the folder
+                ownership.remove(self.path)
 
     def report(self, event: str, **facts: Any) -> None:
         """Add a line to the log; a disk that is full, or gone, must not end the run by this."""
@@ -220,17 +225,13 @@ class RunFolder:
         """Forget what an earlier run left here."""
         # what says how to go on first: whatever stops this, nothing half removed is taken for a run
         patterns = (
-            "run.json",
-            *_PREPARED,
-            "events.jsonl",
-            "events-[0-9]*.jsonl",
-            "rank-[0-9]*",
-            "launch.json",
-            "claim-*",
+            *("run.json", *_PREPARED, "events.jsonl", "events-[0-9]*.jsonl"),
+            *("rank-[0-9]*", "launch.json", "claims/*"),
         )
         with self._writing:
             try:
                 self._remove(*patterns)
+                ownership.claim(self.path, self._events.name)
                 os.close(self._log)
                 self._log = -1
                 self._log = _open_log(self._events)
@@ -246,23 +247,16 @@ class RunFolder:
             return
         with contextlib.suppress(OSError, OutputError):
             say_over(self.path)
-            self._remove(*_PREPARED, "rank-[0-9]*", "claim-*")
+            self._remove(*_PREPARED, "rank-[0-9]*", "claims/*")
             self._remove_locks()
             # emptied by somebody, and thus removed here
             self._gone = not self.path.exists()
 
     def _remove(self, *patterns: str) -> None:
-        """Remove finished shards and these files, and the folder unless somebody else's lie in it."""
-        for pattern in patterns:
-            for path in self.path.glob(pattern):
-                path.unlink(missing_ok=True)
+        """Remove finished shards and these files, and the folder, as far as gpuem wrote and made them."""
         for store in (self.path / "store", *self.path.glob("store-[0-9]*")):
-            for path in (*store.glob("*.npy"), *(store / name for name in ("sums.bin", "done.jsonl", "pending.jsonl"))):
-                path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                store.rmdir()
-        with contextlib.suppress(OSError):
-            self.path.rmdir()
+            ownership.remove(store, "*")
+        ownership.remove(self.path, *patterns)
 
     def _remove_locks(self) -> None:
         """Remove what ranks locked, unless they hold it still."""
@@ -281,6 +275,13 @@ class RunFolder:
                 for action in self.on_beat:
                     action()
             self._over.wait(BEAT)
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise OutputError where files lie in the place of a run folder that gpuem would replace and did not write."""
+    ownership.refuse_foreign(path, *_LASTING)
+    for store in (path / "store", *path.glob("store-[0-9]*")):
+        ownership.refuse_foreign(store, *_STORED)
 
 
 def finished_shards(path: Path) -> int:
@@ -347,7 +348,6 @@ def is_begun(path: Path) -> bool:
 
 def say_launch(path: Path, launch: str, *, over: bool = False) -> None:
     """Tell other ranks of this launch that the run is planned, or over."""
-    path.mkdir(parents=True, exist_ok=True)
     write_file(path / "launch.json", json.dumps({"launch": launch, "over": over}).encode())
 
 
@@ -368,12 +368,10 @@ def say_over(path: Path) -> None:
         say_launch(path, said[0], over=True)
 
 
-def _create(path: Path) -> None:
-    """Create a folder and those above it, durably."""
-    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for folder in missing:
-        sync_folder(folder.parent)
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file of a run folder atomically and durably, recorded as gpuem's own; raises OutputError."""
+    ownership.claim(path.parent, path.name)
+    atomic.write_file(path, content)
 
 
 def _inode(path: Path) -> tuple[int, int]:

@@ -49,7 +49,7 @@ def test_check_run_info_and_run_again(recipe):
     out, err = gpuem_command("run", "recipe.toml")
     assert "read             20 frames" in out
     assert "device: cpu" in err
-    assert sorted(os.listdir("out.previews")) == ["com.png", "sum.detectors.png", "sum.png"]
+    assert sorted(os.listdir("out.previews")) == [".gpuem-files.json", "com.png", "sum.detectors.png", "sum.png"]
     out, _ = gpuem_command("info", "out.zarr")
     assert "com/divergence" in out
     out, _ = gpuem_command("info", "data.npy")

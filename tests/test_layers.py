@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SENTENCE = ["formats", "storage", "codecs", "tiles", "backends", "analyses", "engine", "results"]
+SENTENCE = ["formats", "storage", "codecs", "tiles", "backends", "analyses", "engine", "result_store", "results"]
 AFTER = [
     "correction",
     "stream",
@@ -31,6 +31,7 @@ AFTER = [
     "resume",
     "synthetic_kernels",
     "synthetic",
+    "outputs",
     "job",
     "rank_job",
     "many",
@@ -54,7 +55,7 @@ AFTER = [
     "cli",
     "__main__",
 ]
-EVERYWHERE = ["errors", "axes", "atomic", "interrupts", "regular_files"]
+EVERYWHERE = ["errors", "axes", "atomic", "interrupts", "regular_files", "ownership", "staging"]
 
 
 def modules():

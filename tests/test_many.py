@@ -23,8 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpuem
-from gpuem import data_sets, executors, many, recipe, results, run_folder, tiles
-from gpuem.errors import DataError, OutputError, ResumableError
+from gpuem import data_sets, executors, many, outputs, recipe, results, run_folder, tiles
+from gpuem.errors import DataError, ResumableError
 from gpuem.executors import Here
 from gpuem.formats.remote import Url
 
@@ -410,14 +410,78 @@ def test_nobody_left_ends_it_and_nobody_to_begin_with_is_an_error(three, monkeyp
         gpuem.run_recipes(path)
 
 
-def test_a_summary_that_cannot_be_written_ends_nothing(three, monkeypatch, caplog):
-    def full(path, content):
-        raise OutputError(f"{path}: not written: the disk is full")
+def test_a_summary_that_cannot_be_written_ends_nothing(three, caplog, tmp_path):
+    """A disk that is really full: the results, whose folder is a link to elsewhere, fit, the summary doesn't."""
+    if os.geteuid() != 0:
+        pytest.skip("only root may mount a small file system")
+    Path("small").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "small"], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system can't be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        Path("elsewhere").mkdir()
+        Path("small/results").symlink_to(tmp_path / "elsewhere")
+        Path("small/filled").write_bytes(bytes(56 * 1024))
+        text = RECIPE.replace("out/{{name}}", "small/{{name}}/../results/{{name}}")
+        for name in three:
+            (Path("small") / name).mkdir()
+        Path("small/rest").write_bytes(bytes(os.statvfs("small").f_bavail * os.statvfs("small").f_bsize))
+        got = gpuem.run_recipes(write_recipe('path = "data/*.npy"', text))
+        for name, data in three.items():
+            check_maps(got[name][0], data)
+        assert "recipe.summary.json: not written: the disk is full" in caplog.text
+        assert not Path("small/recipe.summary.json").exists()
+    finally:
+        subprocess.run(["umount", "-l", "small"], check=True)
 
-    monkeypatch.setattr(many, "write_file", full)
-    got = gpuem.run_recipes(write_recipe('path = "data/*.npy"'))
-    check_maps(got["two"][0], three["two"])
-    assert "recipe.summary.json: not written: the disk is full" in caplog.text
+
+@pytest.mark.parametrize("content", ["{}", '{"format": "gpuem summary"}', "notes", None])
+def test_a_summary_replaces_nothing_else(three, content):
+    path = Path("out/recipe.summary.json")
+    path.parent.mkdir()
+    path.mkdir() if content is None else path.write_text(content)
+    with pytest.raises(gpuem.OutputError, match=r"summary\.json: the summary goes there, but gpuem did not write"):
+        gpuem.run_recipes(write_recipe('path = "data/*.npy"'))
+    assert os.listdir("out") == ["recipe.summary.json"]
+    if content is not None:
+        assert path.read_text() == content
+
+
+def test_a_summary_that_becomes_a_folder_meanwhile_ends_nothing(three, caplog):
+    campaign = many.load(write_recipe('path = "data/*.npy"'))
+    done = []
+    for outcome in many.runs(campaign):
+        done.append(outcome.state)
+        campaign.summary.unlink(missing_ok=True) if len(done) == 1 else None
+        campaign.summary.mkdir(exist_ok=True)
+    assert done == ["done"] * 3
+    assert "gpuem did not write what is there" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("output", "names", "words"),
+    [
+        # a result beside another one's run folder, pictures, input; results in the folder of the data
+        ("out/{{name}}", ["a", "a.run"], "the result of a.run and the folder of the run of a"),
+        ("out/{{name}}", ["a.zarr", "a.previews"], "the folder of the pictures of a.zarr and the result of a.previews"),
+        ("data/{{name}}.npy/r.zarr", ["a", "b"], "would lie in the input"),
+        ("out/{{name}}.run/x.zarr", ["a", "a.run"], None),
+        ("data/../{{name}}", ["data"], "would lie around the input"),
+        ("r/{{name}}.json", ["recipe.summary"], "the result of recipe.summary and the summary"),
+    ],
+)
+def test_results_of_a_campaign_that_would_get_in_each_others_way(output, names, words):
+    for name in names:
+        write_scan(f"data/{name}.npy")
+    text = RECIPE.replace("out/{{name}}.results.zarr", output).replace("previews = false", "")
+    path = write_recipe('path = "data/*.npy"', text)
+    if words is None:
+        outputs.check_campaign(many.load(path).alone, path, many.load(path).summary)
+        return
+    with pytest.raises(gpuem.OutputError, match=words):
+        gpuem.run_recipes(path)
+    assert sorted(os.listdir("data")) == sorted(f"{name}.npy" for name in names)
+    assert not Path("out").exists()
 
 
 def test_many_runs_leave_no_open_files():

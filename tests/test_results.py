@@ -11,7 +11,7 @@ import reference
 import zarr
 
 import gpuem
-from gpuem import plot, results
+from gpuem import plot, result_store
 
 xarray = pytest.importorskip("xarray", reason="xarray is not installed")
 
@@ -85,8 +85,8 @@ def test_a_failed_write_leaves_what_was_there(found, monkeypatch, there, number)
             raise OSError(number, os.strerror(number))
         real(root, path, *rest)
 
-    real = results._add
-    monkeypatch.setattr(results, "_add", fail)
+    real = result_store.add
+    monkeypatch.setattr(result_store, "add", fail)
     message = "the disk is full" if number == errno.ENOSPC else "Input/output error"
     with pytest.raises(gpuem.OutputError, match=message):
         found.save("out.zarr", overwrite=True)
@@ -123,7 +123,7 @@ def test_alien_folders_are_not_results():
 def test_a_damaged_result_is_told(found):
     found.save("out.zarr")
     shutil.rmtree("out.zarr/com/x")
-    with pytest.raises(gpuem.InputError, match="damaged gpuem result"):
+    with pytest.raises(gpuem.InputError, match="damaged gpuem result: map 'com/x': com/x/c/0/0: No such file"):
         gpuem.load_results("out.zarr")
 
 
@@ -148,4 +148,4 @@ def test_pictures(found):
     plot.save_previews(flat, Path("pictures"))
     line = gpuem.run(np.ones((40, 6, 7), "u1"), [gpuem.Sum(), gpuem.VirtualDetector(outer=2)])
     assert [p.name for p in plot.save_previews(line, Path("pictures"))] == ["sum.png", "sum.detectors.png"]
-    assert sorted(os.listdir("pictures")) == ["sum.detectors.png", "sum.png"]
+    assert sorted(os.listdir("pictures")) == [".gpuem-files.json", "sum.detectors.png", "sum.png"]

@@ -17,7 +17,7 @@ from crystal import planted
 from killing import assert_same, boxes, chosen, events, floats, ints, runs_of_shards, shrink, stopping, watching
 
 import gpuem
-from gpuem import errors, identity, results, run_folder
+from gpuem import errors, identity, result_store, results, run_folder
 from gpuem.executors import local
 
 SHARD = 8 * 6 * 7 * 2
@@ -257,7 +257,7 @@ def test_a_recipe_goes_on_and_leaves_only_its_log(tmp_path):
     assert killing.kept(tmp_path / "recipe.run") == 5
     found, where = gpuem.run_recipe(path, resume=True)
     left = {file.name for file in (tmp_path / "recipe.run").iterdir()}
-    assert left == {"run.json", "events.jsonl"}
+    assert left == {".gpuem-files.json", "run.json", "events.jsonl"}
     assert [event["event"] for event in events(tmp_path / "recipe.run", "start", "stop", "finish")] == [
         "start", "stop", "start", "finish",
     ]  # fmt: skip
@@ -306,7 +306,7 @@ def test_a_result_that_can_not_be_saved_is_not_lost(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(results, "_write", full)
+        patch.setattr(result_store, "write", full)
         with pytest.raises(errors.ResumableError, match=r"the disk is full.*All shards are finished.*--resume"):
             gpuem.run_recipe(path)
     assert killing.kept(tmp_path / "recipe.run") == 12

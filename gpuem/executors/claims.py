@@ -11,8 +11,9 @@ import contextlib
 import errno
 import hashlib
 import os
-import uuid
 from pathlib import Path
+
+from gpuem import ownership
 
 # file systems without hard links: there an exclusive open is what decides
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -44,8 +45,8 @@ class Claims:
     """
 
     def __init__(self, folder: Path, launch: str, rank: int, ranks: int, shards: int) -> None:
-        self._folder, self._rank = folder, rank
-        self._prefix = f"claim-{hashlib.sha256(launch.encode()).hexdigest()[:12]}-"
+        self._folder, self._rank, self._ranks = folder, rank, ranks
+        self._prefix = f"claims/{hashlib.sha256(launch.encode()).hexdigest()[:12]}-"
         self._batches = batches(shards, ranks)
         self._next = 0
 
@@ -73,17 +74,26 @@ class Claims:
                 found.update(dict.fromkeys(batch, owner))
         return found
 
-    def clear(self) -> None:
-        """Remove all claims; for the rank that leads, before the others begin."""
-        for path in self._folder.glob("claim-*"):
-            path.unlink(missing_ok=True)
+    def begin(self) -> None:
+        """Remove the claims of earlier launches, record the names of all that may be made.
+
+        For the rank that leads, before the others begin.
+
+        Raises
+        ------
+        OutputError
+            Files of somebody else are there, or nothing can be written.
+        """
+        ownership.remove(self._folder, "claims/*")
+        own = [f"claims/of-{rank}" for rank in range(self._ranks)]
+        ownership.claim(self._folder, *own, *(f"{self._prefix}{k}" for k in range(len(self._batches))))
 
     def _claim(self, path: Path) -> bool:
         """Whether this rank made the file; False where another one did."""
         if path.exists():
             return False
         content = str(self._rank).encode()
-        own = self._folder / f"claim-of-{self._rank}-{uuid.uuid4().hex}"
+        own = self._folder / f"claims/of-{self._rank}"
         own.write_bytes(content)
         try:
             path.hardlink_to(own)

@@ -18,8 +18,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from gpuem import errors
-from gpuem.atomic import write_file
+from gpuem import errors, ownership
 from gpuem.checkpoint import Store
 from gpuem.engine import Job, Partial
 from gpuem.errors import GpuemError, OutputError, RecipeError, ResumableError
@@ -27,7 +26,7 @@ from gpuem.executors import copies, local
 from gpuem.executors.claims import Claims
 from gpuem.executors.dispatch import Report
 from gpuem.regular_files import read_regular
-from gpuem.run_folder import RunFolder, read_launch, say_launch
+from gpuem.run_folder import RunFolder, read_launch, say_launch, write_file
 
 log = logging.getLogger("gpuem")
 # how often rank 0 looks what the others finished, in seconds
@@ -173,7 +172,7 @@ class Collector:
         self._seen.clear()
         claims = self._claims(job)
         # also those of a launch of the same name, such as that of a single rank
-        claims.clear()
+        claims.begin()
         # the others may begin
         say_launch(self.folder, self.rank.launch)
         yield from self._collected(job, missing)
@@ -308,7 +307,7 @@ def marked(folder: RunFolder, rank: Rank) -> Iterator[None]:
         Instead of what may pass.
     """
     mark = folder.path / f"rank-{rank.number}"
-    mark.unlink(missing_ok=True)
+    ownership.remove(folder.path, mark.name)
     error: BaseException | None = None
     try:
         yield
