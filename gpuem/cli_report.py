@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from gpuem.errors import GpuemError, InputError
+from gpuem.pictures import drawing
 from gpuem.progress import duration, err, rate
 
 if TYPE_CHECKING:
@@ -72,16 +73,12 @@ def _show_look(found: StrainFit, output: Path) -> None:
     for line in found.picture.lines:
         out.print(f"{found.name:<16} {escape(line)}")
     target = output.with_name(f"{output.name.removesuffix('.zarr')}.{found.name}.look.png")
-    try:
+    with drawing("picture"):
         from gpuem.plot_look import figure_of_look
 
         target.parent.mkdir(parents=True, exist_ok=True)
         figure_of_look(found).savefig(target, dpi=110)
         out.print(f"picture          {escape(str(target))}")
-    except ImportError:
-        err.print(escape("no picture: matplotlib is not installed (pip install 'gpuem[plot]', or matplotlib itself)"))
-    except OSError as error:
-        err.print(f"no picture: {escape(str(error))}")
 
 
 def check_many(alone: dict[str, Recipe]) -> None:
@@ -160,24 +157,20 @@ def first_line(error: BaseException) -> str:
 
 
 def previews(found: Results, where: Path) -> None:
-    """Draw the maps as pictures beside the result."""
-    try:
+    """Draw the maps as pictures beside the result; what goes wrong with them is a warning."""
+    with drawing("pictures"):
         from gpuem import plot
 
         folder = where.parent / (where.name.removesuffix(".zarr") + ".previews")
         if folder == where:
             folder = where.parent / f"{where.name}.pictures"
-        plot.save_previews(found, folder)
-        out.print(f"pictures         {escape(str(folder))}")
+        if plot.save_previews(found, folder):
+            out.print(f"pictures         {escape(str(folder))}")
         if found.provenance["seconds"]["total"] > LONG:
             from gpuem.plot_timeline import save_timeline
             from gpuem.run_folder import beside
 
             out.print(f"timeline         {escape(str(save_timeline(beside(where))))}")
-    except ImportError:
-        err.print(escape("no pictures: matplotlib is not installed (pip install 'gpuem[plot]', or matplotlib itself)"))
-    except OSError as error:
-        err.print(f"no pictures: {escape(str(error))}; the result itself is complete")
 
 
 def report(found: Results, where: Path) -> None:

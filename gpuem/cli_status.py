@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from gpuem.errors import InputError, RecipeError
+from gpuem.pictures import drawing
 from gpuem.progress import duration, err, rate
 
 if TYPE_CHECKING:
@@ -223,12 +224,8 @@ def _describe_stages(log: Log) -> None:
 
 
 def _draw(folder: Path, target: Path) -> None:
-    try:
+    with drawing("picture"):
         from gpuem.plot_timeline import save_timeline
 
         target.parent.mkdir(parents=True, exist_ok=True)
         out.print(f"picture          {escape(str(save_timeline(folder, target)))}")
-    except ImportError:
-        err.print(escape("no picture: matplotlib is not installed (pip install 'gpuem[plot]', or matplotlib itself)"))
-    except (OSError, ValueError) as error:
-        err.print(f"no picture: {escape(str(error))}")

@@ -6,9 +6,8 @@ import functools
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,11 +18,15 @@ from gpuem.axes import Axis, calibrate, detector_axes, scan_axes
 from gpuem.backends import Block, cpu
 from gpuem.correction import Dead, Image
 from gpuem.engine import describe
-from gpuem.errors import DataError, InputError, RecipeError
+from gpuem.errors import DataError, InputError, PlanError, PositionError, RecipeError
 from gpuem.formats import array, read_header
 from gpuem.formats.remote import Url, place
 from gpuem.formats.source import Copy, Source
+from gpuem.messages import nearest, shown
+from gpuem.paths import local_path
 from gpuem.storage.host import Files
+
+_CALIBRATION = ("scan_step", "scan_unit", "detector_step", "detector_unit")
 
 
 @dataclass(frozen=True)
@@ -154,18 +157,33 @@ class Dataset:
             A frame asked for is missing or broken.
         """
         key = index if isinstance(index, tuple) else (index,)
+        if len(key) > len(self.shape) + sum(item is Ellipsis for item in key):
+            raise PositionError(f"{len(key)} indices for data of {len(self.shape)} axes {self.shape}")
         dots = [k for k, item in enumerate(key) if item is Ellipsis]
         if dots:
             at = dots[0]
             key = (*key[:at], *[slice(None)] * (len(self.shape) - len(key) + 1), *key[at + 1 :])
         scan, detector = key[: len(self.scan)], key[len(self.scan) :]
-        chosen = np.arange(self.positions).reshape(self.scan_shape)[scan]
+        try:
+            chosen = np.arange(self.positions).reshape(self.scan_shape)[scan]
+            # no bytes are behind this: what is wrong with the detector's part is told before frames are read
+            empty = np.broadcast_to(np.int8(0), (*np.shape(chosen), *self.frame_shape))
+            _ = empty[(*[slice(None)] * np.ndim(chosen), *detector)].shape
+        except (IndexError, TypeError, ValueError) as error:
+            raise PositionError(f"{self!r}[{shown(index)}]: {error}") from None
         frames = self._read(np.ravel(chosen) + self.skip).reshape(*np.shape(chosen), *self.frame_shape)
         return frames[(*[slice(None)] * np.ndim(chosen), *detector)]
 
     def _read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
         """Frames by their flat index in file order."""
-        out = np.empty((indices.size, *self.frame_shape), self.dtype)
+        try:
+            out = np.empty((indices.size, *self.frame_shape), self.dtype)
+        except MemoryError:
+            nbytes = indices.size * self.dtype.itemsize * math.prod(self.frame_shape)
+            raise PlanError(
+                f"{indices.size:,} frames are {nbytes / 1e9:,.1f} GB, more than there is memory: take fewer, or let "
+                "gpuem.run stream them"
+            ) from None
         found = np.zeros(indices.size, np.bool_)
         order = np.argsort(indices, kind="stable")
         ordered, size = indices[order], math.prod(self.frame_shape)
@@ -238,20 +256,48 @@ def open(  # noqa: A001
     RecipeError
         An option is unknown or impossible.
     """
+    if not isinstance(path, str | os.PathLike | Url | Sequence):
+        raise RecipeError(f"path {shown(path)}: needed is a path or a URL, or a list of them; of an array: gpuem.run")
     many = [path] if isinstance(path, str | os.PathLike | Url) else list(path)
     if not many:
         raise RecipeError("path: no file is given")
     options = {key: value for key, value in options.items() if value is not None}
     paths = tuple(place(p) for p in many)
+    scan, skip = _scan(scan), _whole("skip", skip)
     source = read_header(paths, format, scan, **({"fit": True} if fit else {}), **options)
     if copies:
-        source = replace(source, copies=tuple(_copy(**one) for one in copies))
+        source = replace(source, copies=tuple(map(_copy, copies)))
     return arrange(source, scan, skip, fit, calibration)
 
 
-def _copy(hosts: Sequence[str], folder: str | os.PathLike[str], files: Sequence[str] = ("*",)) -> Copy:
-    named = (platform.node() if host == "localhost" else host for host in hosts)
-    return Copy(tuple(named), Path(folder), tuple(files))
+def _copy(given: Any) -> Copy:
+    """One of `copies`."""
+    keys = dict(given) if isinstance(given, Mapping) else {}
+    hosts, files = keys.pop("hosts", None), keys.pop("files", ["*"])
+    texts = all(isinstance(v, list | tuple) and all(isinstance(s, str) for s in v) for v in (hosts, files))
+    if set(keys) != {"folder"} or not texts:
+        raise RecipeError(
+            f"copies: {shown(given)}: needed are hosts (a list of patterns) and folder, and files (a list of patterns) "
+            "where it isn't all"
+        )
+    named = (platform.node() if host == "localhost" else host for host in hosts or ())
+    return Copy(tuple(named), local_path(keys["folder"]), tuple(files))
+
+
+def _whole(name: str, value: Any) -> int:
+    """A whole number of an argument."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not abs(int(value)) < 2**62:
+        raise RecipeError(f"{name} {shown(value)}: needed is a whole number")
+    return int(value)
+
+
+def _scan(scan: Any) -> tuple[int, ...] | None:
+    """The argument of that name, as numbers."""
+    if scan is None:
+        return None
+    if isinstance(scan, str | bytes | Mapping) or not isinstance(scan, Iterable):
+        raise RecipeError(f"scan {shown(scan)}: needed are whole numbers, such as (256, 256)")
+    return tuple(_whole("scan", n) for n in scan)
 
 
 def of_array(data: Any) -> Dataset:
@@ -305,15 +351,7 @@ def arrange(
         notes.append(f"the first {-skip} positions have no frame (skip = {skip})")
     axes = source.scan if source.scan and tuple(a.size for a in source.scan) == shape else scan_axes(shape)
     detector = source.detector or detector_axes(source.frame_shape)
-    for key in calibration or {}:
-        if key not in ("scan_step", "scan_unit", "detector_step", "detector_unit"):
-            raise RecipeError(
-                f"calibration: {key!r} is unknown; known: scan_step, scan_unit, detector_step, detector_unit"
-            )
-    given = dict(calibration or {})
-    for part in ("scan", "detector"):
-        if given.get(f"{part}_unit") is not None and given.get(f"{part}_step") is None:
-            raise RecipeError(f"calibration: {part}_unit needs {part}_step, the size of a pixel")
+    given = _calibration(calibration or {})
     if given.get("scan_step") is not None:
         axes = calibrate(axes, _steps(given["scan_step"]), given.get("scan_unit") or "nm")
     if given.get("detector_step") is not None:
@@ -321,5 +359,24 @@ def arrange(
     return Dataset(source, axes, detector, skip, tuple(notes))
 
 
+def _calibration(given: Any) -> dict[str, Any]:
+    """The argument of that name, its keys checked."""
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"calibration {shown(given)}: needed is a dictionary of {', '.join(_CALIBRATION)}")
+    for key in given:
+        if key not in _CALIBRATION:
+            near = nearest(str(key), _CALIBRATION) or f"; known: {', '.join(_CALIBRATION)}"
+            raise RecipeError(f"calibration: {key!r} is unknown{near}")
+    for part in ("scan", "detector"):
+        if given.get(f"{part}_unit") is not None and given.get(f"{part}_step") is None:
+            raise RecipeError(f"calibration: {part}_unit needs {part}_step, the size of a pixel")
+    return dict(given)
+
+
 def _steps(step: Any) -> float | tuple[float, ...]:
-    return tuple(float(s) for s in step) if isinstance(step, Sequence) else float(step)
+    try:
+        if isinstance(step, str | bool):
+            raise TypeError
+        return tuple(float(s) for s in step) if isinstance(step, Sequence | np.ndarray) else float(step)
+    except (TypeError, ValueError, OverflowError):
+        raise RecipeError(f"pixel size {shown(step)}: one positive number, or one for each axis") from None

@@ -14,16 +14,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuem import backends, dataset, engine, executors, identity, keeping, recipe, results, run_folder, tiles
-from gpuem.analyses import Analysis, Looking, Map, View
-from gpuem.backends import Device, Sums, Weights
+from gpuem.analyses import Analysis, Looking, View, listed
+from gpuem.backends import Device, Weights
 from gpuem.dataset import Dataset
-from gpuem.errors import DataError, PlanError, RecipeError
+from gpuem.errors import PlanError, RecipeError
 from gpuem.executors import Crew, local
 from gpuem.executors.dispatch import no_report
 from gpuem.identity import version
 from gpuem.keeping import Progress
 from gpuem.look import sample, sample_nbytes
+from gpuem.maps import finish
+from gpuem.messages import shown
+from gpuem.paths import local_path
 from gpuem.provenance import provenance
+from gpuem.redaction import redact
 from gpuem.region import Roi, region, summary
 from gpuem.results import Results
 from gpuem.run_folder import RunFolder
@@ -107,12 +111,17 @@ def run(
     if isinstance(data, str | os.PathLike):
         raise RecipeError(f"run({str(data)!r}): open the file first: gpuem.run(gpuem.open({str(data)!r}), ...)")
     ds = data if isinstance(data, Dataset) else dataset.of_array(data)
-    chosen = list(analyses) if isinstance(analyses, Sequence) else [analyses]
+    chosen = listed(analyses)
+    _check(chosen)
+    if progress is not None and not callable(progress):
+        raise RecipeError(f"progress {shown(progress)}: needed is a function of the number of frames")
+    if resume and folder is None:
+        raise RecipeError("resume: needs folder, in which a run before this one kept its shards")
     asked = recipe.run_section(device=device, **options)
     with executors.crew(asked) as crew:
         if folder is None:
             return _run(ds, chosen, asked, roi, progress, crew)
-        with RunFolder(Path(folder)) as kept:
+        with RunFolder(local_path(folder)) as kept:
             return _run(ds, chosen, asked, roi, progress, crew, kept, resume)
 
 
@@ -136,9 +145,13 @@ def _run(
     else:
         resolved, job = _begin_kept(ds, analyses, options, roi, crew, kept, resume)
         totals = keeping.run(job, crew, kept, progress)
-    maps = finish(view_of(ds), resolved, job, totals)
+    maps, failed = finish(view_of(ds), resolved, job, totals)
     facts = provenance(ds, analyses, job, totals, time.perf_counter() - started)
     facts["roi"] = summary(job.wanted, roi)
+    if failed:
+        facts["failed"] = failed
+        for name, why in failed.items():
+            log.error("%s: its maps could not be made: %s", name, why)
     if kept is not None:
         facts["identity"] = (run_folder.description(kept.path) or {})["identity"]
     return Results(maps, facts)
@@ -214,7 +227,7 @@ def run_recipe(
     ResumableError
         The run ended early; finished shards are kept.
     """
-    asked, text = recipe.load_one(Path(path), **changes)
+    asked, text = recipe.load_one(local_path(path), **changes)
     return run_asked(asked, text, overwrite=overwrite, resume=resume, watch=watch, crew=crew)
 
 
@@ -240,6 +253,7 @@ def run_asked(
             with RunFolder(folder, rank=None) as kept:
                 kept.finish()
         return found, output
+    text = redact(text)
     about = {"recipe": text, "output": str(output)}
     with (
         executors.crew(asked.run) if crew is None else nullcontext(crew) as hands,
@@ -369,29 +383,6 @@ def _allowed(options: recipe.Run) -> int:
 def _map_nbytes(analysis: Analysis, view: View) -> int:
     own = getattr(analysis, "map_nbytes", None)
     return int(own(view)) if own else tiles.MAPS_NBYTES
-
-
-def finish(view: View, analyses: Sequence[Analysis], job: engine.Job, totals: engine.Totals) -> dict[str, Map]:
-    """Hand every analysis its own columns of the sums, collect the maps."""
-    if not totals.valid.any():
-        why = "; ".join(item.message for item in totals.lost[:3]) or "no frame of the file lies inside the scan"
-        raise DataError(f"not one frame could be read: {why}")
-    maps: dict[str, Map] = {}
-    masks = images = moments = fits = 0
-    for analysis, own in zip(analyses, job.weights, strict=True):
-        sums = Sums(
-            totals.sums.masks[:, masks : (masks := masks + len(own.masks))],
-            totals.sums.images[:, images : (images := images + len(own.images))],
-            totals.sums.moments[:, moments : (moments := moments + len(own.moments))],
-            totals.sums.total,
-            totals.sums.maximum,
-            totals.sums.fits[fits : (fits := fits + len(own.fits))],
-        )
-        for name, item in analysis.finish(view, sums, totals.valid).items():
-            maps[f"{analysis.name}/{name}" if name else analysis.name] = item
-    valid = totals.valid.reshape(view.scan_shape)
-    maps["valid"] = Map(valid, view.scan, "", "a frame was read at this scan position")
-    return maps
 
 
 def view_of(ds: Dataset) -> View:

@@ -18,6 +18,8 @@ from gpuem.errors import GpuemError, ResumableError
 from gpuem.executors import Crew
 from gpuem.identity import version
 from gpuem.job import Watch
+from gpuem.messages import in_a_line
+from gpuem.paths import local_path
 from gpuem.recipe import NAME, Recipe
 from gpuem.results import Results
 from gpuem.run_folder import write_whole
@@ -121,7 +123,7 @@ def load(path: str | os.PathLike[str], **changes: Any) -> Campaign:
     RecipeError
         The recipe is wrong, a pattern finds nothing, or two data sets can't be told apart by their names.
     """
-    asked, text = recipe.load(Path(path), **changes)
+    asked, text = recipe.load(local_path(path), **changes)
     parts = asked.output.path.parts
     sure = next((k for k, part in enumerate(parts) if NAME in part), len(parts) - 1)
     summary = Path(*parts[:sure]) / f"{Path(path).stem}.summary.json"
@@ -198,9 +200,12 @@ def _run(campaign: Campaign, name: str, hands: _Hands, *, overwrite: bool, resum
         found, where = job.run_asked(asked, campaign.text, overwrite=overwrite, resume=resume, watch=watch, crew=crew)
         facts = found.provenance
         frames, seconds = facts["frames"], facts["seconds"]["total"] if earlier else time.monotonic() - began
+        failed = "; ".join(f"{analysis}: {why}" for analysis, why in facts.get("failed", {}).items())
         return Outcome(
-            name, data, where, "done", None, found, frames["read"], frames["masked"], facts["bytes"], seconds, earlier
-        )
+            name, data, where, "failed" if failed else "done",
+            GpuemError(f"{failed}; all other maps are saved") if failed else None,
+            found, frames["read"], frames["masked"], facts["bytes"], seconds, earlier,
+        )  # fmt: skip
     except KeyboardInterrupt as stop:
         state, error = "kept", _stopped(stop)
     except ResumableError as early:
@@ -211,8 +216,9 @@ def _run(campaign: Campaign, name: str, hands: _Hands, *, overwrite: bool, resum
     except Exception as unforeseen:
         # a night's worth of other data sets must not be lost by it
         expected = isinstance(unforeseen, OSError | MemoryError)
-        log.log(logging.DEBUG if expected else logging.ERROR, "%s", name, exc_info=True)
-        state, error = "failed", GpuemError(f"{type(unforeseen).__name__}: {unforeseen}")
+        log.debug("%s", name, exc_info=True)
+        more = "" if expected else " (a fault of gpuem; gpuem --verbose tells its place)"
+        state, error = "failed", GpuemError(f"{type(unforeseen).__name__}: {in_a_line(unforeseen)}{more}")
     return Outcome(name, data, result, state, _bare(error), seconds=time.monotonic() - began)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuem.analyses import Map
+from gpuem.messages import in_a_line
 from gpuem.panels import beyond, empty_figure, hatch_unknown, scale_bar
 from gpuem.plot_strain import strain_figures
 from gpuem.results import Results
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+log = logging.getLogger("gpuem")
 # what a person looks at first; the rest is in the result file
 _SHOWN = {"sum": ("mean", "max"), "com": ("field_y", "field_x", "divergence", "curl")}
 _SIGNED = ("shift_y", "shift_x", "field_y", "field_x", "divergence", "curl")
@@ -33,12 +38,21 @@ def save_previews(results: Results, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.glob("*.png"):
         old.unlink()
-    written = []
+    written: list[Path] = []
+    failed: dict[str, Exception] = {}
+
+    def draw_all(name: str, figures: Callable[[], dict[str, Figure]]) -> None:
+        try:
+            written.extend(_save(figure, folder / f"{name}{suffix}.png") for suffix, figure in figures().items())
+        except ImportError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the other pictures are drawn all the same
+            failed[name] = error
+
     groups: dict[str, dict[str, Map]] = {}
     strains = [name.removesuffix("/exx") for name in results.maps if name.endswith("/exx")]
     for name in strains:
-        for suffix, figure in strain_figures(results.maps, name).items():
-            written.append(_save(figure, folder / f"{name}{suffix}.png"))
+        draw_all(name, partial(strain_figures, results.maps, name))
     for name, item in results.maps.items():
         group, _, last = name.rpartition("/")
         if group in strains:
@@ -48,13 +62,20 @@ def save_previews(results: Results, folder: Path) -> list[Path]:
     for group, maps in groups.items():
         kinds = [kind for kind in _SHOWN.values() if set(kind) & set(maps)]
         shown = {k: m for k, m in maps.items() if not kinds or k in kinds[0]}
-        written.append(_save(figure_of(group, shown), folder / f"{group}.png"))
+        draw_all(group, partial(_figures_of, group, shown))
+    if failed:
+        first = next(iter(failed))
+        log.warning("no picture of %s: %s; the maps are complete", ", ".join(failed), in_a_line(failed[first]))
     return written
 
 
 def _save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=100, pil_kwargs={"compress_level": 3})
     return path
+
+
+def _figures_of(title: str, maps: dict[str, Map]) -> dict[str, Figure]:
+    return {"": figure_of(title, maps)}
 
 
 def figure_of(title: str, maps: dict[str, Map]) -> Figure:

@@ -16,6 +16,7 @@ import numpy as np
 from gpuem.analyses import Map
 from gpuem.axes import Axis
 from gpuem.errors import InputError, OutputError
+from gpuem.paths import local_path
 
 _MARK = "gpuem"
 
@@ -70,7 +71,7 @@ class Results(Mapping[str, Map]):
         OutputError
             It exists, the disk is full, or the folder can't be written.
         """
-        target = Path(path)
+        target = local_path(path)
         check_writable(target, overwrite=overwrite)
         partial = target.parent / f".{target.name}.partial-{os.getpid()}"
         try:
@@ -97,6 +98,13 @@ class Results(Mapping[str, Map]):
 
 def check_writable(target: Path, *, overwrite: bool) -> None:
     """Raise OutputError where a result can't be written: told before hours of computing, not after."""
+    try:
+        target.exists()
+    except OSError as error:
+        # such as a name that is too long
+        raise OutputError(f"{target}: {error.strerror}; choose another [output] path") from error
+    if not target.name:
+        raise OutputError(f"{target}: no name for a result; give a folder that gpuem makes, such as results.zarr")
     if target.exists() and not overwrite:
         raise OutputError(f"{target}: exists; choose another name, or say --overwrite (overwrite=True)")
     if target.exists() and not is_result(target):
@@ -127,7 +135,7 @@ def load_results(path: str | os.PathLike[str]) -> Results:
     """
     import zarr
 
-    folder = Path(path)
+    folder = local_path(path)
     if not is_result(folder):
         raise InputError(f"{folder}: not a gpuem result (a folder written by gpuem run or Results.save)")
     try:

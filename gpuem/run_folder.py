@@ -29,6 +29,7 @@ from typing import Any, Self
 from gpuem.analyses import Analysis
 from gpuem.engine import Job
 from gpuem.errors import InputError, OutputError
+from gpuem.redaction import redact
 
 # how often a process says that it is alive, in seconds
 BEAT = 2.0
@@ -122,7 +123,7 @@ class RunFolder:
 
     def report(self, event: str, **facts: Any) -> None:
         """Add a line to the log; a disk that is full, or gone, must not end the run by this."""
-        line = json.dumps({"t": round(time.time(), 3), "event": event, **facts}, default=str).encode() + b"\n"
+        line = redact(json.dumps({"t": round(time.time(), 3), "event": event, **facts}, default=str)).encode() + b"\n"
         self._started |= event == "start"
         self._ended |= event in ("stop", "error")
         with self._writing:

@@ -16,13 +16,16 @@ AFTER = [
     "dataset",
     "region",
     "look",
+    "patterns",
     "data_sets",
+    "toml_file",
     "recipe",
     "checkpoint",
     "identity",
     "run_folder",
     "executors",
     "keeping",
+    "maps",
     "provenance",
     "synthetic_kernels",
     "synthetic",
@@ -30,10 +33,12 @@ AFTER = [
     "rank_job",
     "many",
     "selftest",
+    "pictures",
     "panels",
     "plot_strain",
     "plot_look",
     "plot",
+    "streams",
     "progress",
     "status",
     "timings",
@@ -47,7 +52,7 @@ AFTER = [
     "cli_report",
     "cli",
 ]
-EVERYWHERE = ["errors", "axes", "atomic"]
+EVERYWHERE = ["redaction", "errors", "messages", "paths", "axes", "atomic"]
 
 
 def modules():

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gpuem.errors import InputError, RecipeError
 from gpuem.formats.raw import native_type, pixel_type
 from gpuem.formats.source import Box, Calls, Piece, Resident, Runs, Source
+from gpuem.messages import shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ def describe(array: Any) -> Source:
         raise InputError("a masked array: say roi = ~array.mask for scan positions, or fill it first")
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         raise InputError(f"{type(array).__name__} is neither a data set nor an array; open a file with gpuem.open")
-    shape = tuple(int(n) for n in array.shape)
+    shape = _shape(array)
     if len(shape) < 2 or 0 in shape:
         raise InputError(f"an array of shape {shape} has no frames; (scan..., y, x) is needed")
     stored = pixel_type(np.dtype(array.dtype).str)
@@ -57,6 +58,19 @@ def describe(array: Any) -> Source:
     chunk = tuple(int(c) for c in chunks[: len(nav)]) if chunks and len(shape) > 2 else (1,) * len(nav)
     piece = Piece(0, nav, Calls(Reader(array), chunk, concurrent=True), stored)
     return Source(type(array).__name__, (), (piece,), piece.frames, frame, native_type(stored), nav)
+
+
+def _shape(array: Any) -> tuple[int, ...]:
+    """Its shape; raises InputError where that isn't known yet."""
+    try:
+        if not any(n != n for n in array.shape):
+            return tuple(int(n) for n in array.shape)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{type(array).__name__} of shape {shown(array.shape)}: no array of frames") from None
+    raise InputError(
+        f"an array of unknown shape {tuple(array.shape)} (Dask, after a choice by values): call "
+        ".compute_chunk_sizes() first, or choose positions by roi"
+    )
 
 
 def _on_device(array: Any, shape: tuple[int, ...], stored: np.dtype[Any]) -> Source:
