@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuem.errors import RecipeError
-from gpuem.formats.array import read_array
+from gpuem.formats.array import as_array, read_array
 from gpuem.formats.source import Correction
 from gpuem.paths import local_path
 
@@ -152,7 +152,7 @@ def _origin(given: Any) -> str:
 
 def _read(what: str, given: Any, where: str, shape: tuple[int, int]) -> NDArray[Any]:
     """An array of numbers of detector shape."""
-    array = read_array(local_path(given), what) if isinstance(given, str | os.PathLike) else np.asarray(given)
+    array = read_array(local_path(given), what) if isinstance(given, str | os.PathLike) else as_array(given, what)
     if array.shape != shape:
         raise RecipeError(f"{what} {where} has shape {array.shape}, the detector {shape}; they must be equal")
     if array.dtype.kind not in "buif":

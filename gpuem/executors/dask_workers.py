@@ -154,7 +154,10 @@ def _address(scheduler: str) -> tuple[str | None, str]:
     if _HOST_AND_PORT.fullmatch(scheduler) and not Path(scheduler).exists():
         return f"tcp://{scheduler}", "no answer yet"
     try:
-        return str(json.loads(Path(scheduler).read_text(encoding="utf-8"))["address"]), "no answer yet"
+        address = json.loads(Path(scheduler).read_text(encoding="utf-8"))["address"]
+        if isinstance(address, str):
+            return address, "no answer yet"
+        raise TypeError
     except FileNotFoundError:
         return None, "no such file"
     except OSError as error:

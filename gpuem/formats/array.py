@@ -82,6 +82,14 @@ def _on_device(array: Any, shape: tuple[int, ...], stored: np.dtype[Any]) -> Sou
     return Source(type(array).__name__, (), (piece,), count, frame, native_type(stored), nav)
 
 
+def as_array(given: Any, what: str) -> NDArray[Any]:
+    """An argument as an array; raises RecipeError where it is none."""
+    try:
+        return np.asarray(given)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RecipeError(f"{what} {shown(given)}: no array ({error})") from None
+
+
 def read_array(path: Path, what: str) -> NDArray[Any]:
     """A small array (a mask, a region) from a .npy or .tif file.
 

@@ -30,6 +30,7 @@ from gpuem.redaction import holds_secrets, redact
 _BLOCK = 1 << 18
 _MOST_BLOCKS = 16
 _KEPT_BLOCKS = 256
+_OTHER = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 # of every signed URL that was opened in this process
 _NUMBERS: dict[str, int] = {}
 _URL = re.compile(rf"({'|'.join(stores.EXAMPLES)}):/+(?=[^/])", re.IGNORECASE)
@@ -146,7 +147,10 @@ def place(path: str | os.PathLike[str] | Url) -> Place:
         return path
     if not isinstance(path, str | os.PathLike):
         raise RecipeError(f"path {shown(path)}: needed is a path or a URL")
-    return url_of(os.fspath(path)) or local_path(path)
+    found = url_of(os.fspath(path))
+    if found is None and isinstance(path, str) and _OTHER.match(path) and not os.path.lexists(path):
+        raise RecipeError(f"{path}: not a URL that gpuem reads; it may begin with {', '.join(stores.EXAMPLES)}")
+    return found or local_path(path)
 
 
 def url_of(text: str) -> Url | None:
