@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from gpuem import toml_file
 from gpuem.errors import InputError, RecipeError
 from gpuem.pictures import drawing
 from gpuem.progress import duration, err, rate
@@ -91,7 +91,7 @@ def _of_recipe(path: Path) -> list[Path]:
 
     try:
         # no more than needed: a recipe may be wrong by now, and its run is to be seen nevertheless
-        output = tomllib.loads(path.read_text(encoding="utf-8"))["output"]["path"]
+        output = toml_file.read(path)[1]["output"]["path"]
         folder = beside(path.parent / output)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{path}: no recipe that says where its result goes ([output] path): {error}") from error

@@ -103,17 +103,21 @@ def test_addresses_that_differ_in_their_query_are_different_files(web):
         assert all(path.endswith(f"file={k}") for _, path, _, _ in web.asked)
 
 
+def spoil(web, ds, trouble):
+    """The data set, after which something happens to its file."""
+    web.forbidden = trouble == "gone"
+    if trouble == "cut":
+        Path("a.npy").write_bytes(Path("a.npy").read_bytes()[:500])
+    return ds
+
+
 @pytest.mark.parametrize("trouble", ["forbidden", "missing", "cut", "gone"])
 def test_errors_tell_no_secret(web, trouble):
     np.save("a.npy", reference.planted((3, 4, 9, 9), "u2"))
     url = f"{web.url}/{'b' if trouble == 'missing' else 'a'}.npy?{QUERY}"
     web.forbidden = trouble == "forbidden"
     with pytest.raises(GpuemError) as caught:
-        ds = gpuem.open(url)
-        web.forbidden = trouble == "gone"
-        if trouble == "cut":
-            Path("a.npy").write_bytes(Path("a.npy").read_bytes()[:500])
-        gpuem.run(ds, gpuem.Sum(), patience=0.0)
+        gpuem.run(spoil(web, gpuem.open(url), trouble), gpuem.Sum(), patience=0.0)
     error: BaseException | None = caught.value
     assert "REDACTED" in str(error)
     while error is not None:
