@@ -44,7 +44,7 @@ def run(ds: gpuem.Dataset, chosen: list[Any], **options: Any) -> Run:
     times.append(time.perf_counter())
     totals = engine.combine(made, local.run(made))
     times.append(time.perf_counter())
-    maps = job.finish(job.view_of(ds), chosen, made, totals)
+    maps, _ = job.finish(job.view_of(ds), chosen, made, totals)
     times.append(time.perf_counter())
     parts = dict(zip(("prepare", "stream", "finish"), np.diff(times).tolist(), strict=True))
     return Run(made, totals, maps, {**parts, "total": times[-1] - times[0]})

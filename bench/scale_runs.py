@@ -139,7 +139,7 @@ def run(ds, resolved, who, folder=None, progress: Callable[[int], None] | None =
             kept.clear()
             kept.describe(ds.source.frame_nbytes, made, {})
             totals = keeping.run(made, who.crew, kept, progress)
-    maps = job.finish(job.view_of(ds), resolved, made, totals)
+    maps, _ = job.finish(job.view_of(ds), resolved, made, totals)
     seconds, own = time.perf_counter() - started, time.process_time() - own
     return Timed(seconds, own, {name: np.asarray(item.data) for name, item in maps.items()}, made)
 
@@ -177,7 +177,7 @@ def map_seconds(ds, resolved, folder):
     for array in (totals.sums.masks, totals.sums.moments, totals.sums.total):
         array[:] = np.random.default_rng(3).integers(1, 1000, array.shape)
     started = time.perf_counter()
-    Results(job.finish(job.view_of(ds), resolved, made, totals), {}).save(folder / "maps.zarr", overwrite=True)
+    Results(job.finish(job.view_of(ds), resolved, made, totals)[0], {}).save(folder / "maps.zarr", overwrite=True)
     return made, time.perf_counter() - started
 
 

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from gpuem.errors import RecipeError
 
 UNITS = ("px", "nm", "mrad", "1/A")
+# sizes of pixels, and lengths in pixels, beyond which a number is a mistake and arithmetic overflows
+SMALLEST, LARGEST, MOST_PIXELS = 1e-30, 1e30, 1e8
 _ALIASES = {
     "um": ("nm", 1e3), "µm": ("nm", 1e3), "pm": ("nm", 1e-3), "A": ("nm", 0.1), "Å": ("nm", 0.1), "m": ("nm", 1e9),
     "rad": ("mrad", 1e3), "1/nm": ("1/A", 0.1), "nm^-1": ("1/A", 0.1), "A^-1": ("1/A", 1.0), "Å^-1": ("1/A", 1.0),
@@ -81,13 +83,18 @@ def calibrate(axes: tuple[Axis, ...], step: float | tuple[float, ...], unit: str
     """
     unit, factor = canonical_unit(unit)
     steps = step if isinstance(step, tuple) else (step,) * len(axes)
-    if len(steps) != len(axes) or not all(s > 0 for s in steps):
-        raise RecipeError(f"pixel size {step!r}: one positive number, or one for each of {[a.name for a in axes]}")
+    if len(steps) != len(axes) or not all(SMALLEST <= s * factor <= LARGEST for s in steps):
+        raise RecipeError(
+            f"pixel size {step!r}: one positive number, or one for each of {[a.name for a in axes]}, "
+            f"{SMALLEST:g} to {LARGEST:g} {unit}"
+        )
     return tuple(replace(a, step=s * factor, unit=unit) for a, s in zip(axes, steps, strict=True))
 
 
 def canonical_unit(unit: str) -> tuple[str, float]:
     """The unit gpuem keeps for `unit` and the factor to it; raises RecipeError where it is unknown."""
+    if not isinstance(unit, str):
+        raise RecipeError(f"unit {unit!r}: needed is a text; known: {', '.join(UNITS)}")
     if unit in UNITS:
         return unit, 1.0
     if unit in _ALIASES:
@@ -114,7 +121,7 @@ def to_pixels(value: float, unit: str, detector: tuple[Axis, ...]) -> float:
     """
     unit, factor = canonical_unit(unit)
     if unit == "px":
-        return value
+        return _within(value, value, unit)
     y, x = detector
     if y.unit != unit:
         raise RecipeError(
@@ -123,4 +130,10 @@ def to_pixels(value: float, unit: str, detector: tuple[Axis, ...]) -> float:
         )
     if abs(y.step - x.step) > 1e-6 * y.step:
         raise RecipeError(f"a radius in {unit} needs square pixels; these are {y.step:g} by {x.step:g} {unit}: use px")
-    return value * factor / y.step
+    return _within(value * factor / y.step, value, unit)
+
+
+def _within(pixels: float, value: float, unit: str) -> float:
+    if not abs(pixels) <= MOST_PIXELS:
+        raise RecipeError(f"{value:g} {unit} are {pixels:g} px, more than {MOST_PIXELS:g}: no detector is that large")
+    return pixels

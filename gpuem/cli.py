@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import tomllib
+import traceback
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from gpuem import interrupts
+from gpuem import interrupts, streams
 from gpuem.cli_report import (
     check_many,
     check_one,
@@ -32,7 +33,9 @@ from gpuem.cli_report import (
 from gpuem.cli_slurm import slurm
 from gpuem.cli_status import status
 from gpuem.errors import GpuemError, InputError, RecipeError, ResumableError
+from gpuem.messages import in_a_line
 from gpuem.progress import Progress, duration, err
+from gpuem.redaction import redact
 
 if TYPE_CHECKING:
     from gpuem.many import Campaign, Outcome
@@ -44,6 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Stream detector frames once and leave maps behind: virtual detectors, centre of mass, strain.",
 )
+log = logging.getLogger("gpuem")
 # EX_TEMPFAIL: try again later
 RESUMABLE = 75
 
@@ -52,7 +56,10 @@ class _Console(logging.Handler):
     """Log lines above the progress bar instead of into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        err.print(escape(self.format(record)))
+        try:
+            err.print(escape(self.format(record)))
+        except Exception:  # noqa: BLE001 - a line of the log that can't be made must not end a run
+            self.handleError(record)
 
 
 def _print_version(wanted: bool) -> None:
@@ -72,7 +79,7 @@ def _options(
 ) -> None:
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format="%(message)s", handlers=[_Console()])
     for noisy in ("numba", "matplotlib", "asyncio", "h5py", "zarr", "numcodecs", "PIL", "distributed", "tornado"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger(noisy).setLevel(logging.ERROR if noisy == "matplotlib" else logging.WARNING)
 
 
 @app.command()
@@ -104,6 +111,9 @@ def run(
             return
     found, where = _run(recipe, overwrite=overwrite, resume=resume, **changes)
     report(found, where)
+    if failed := found.provenance.get("failed"):
+        err.print(f"[bold red]error:[/bold red] {escape(', '.join(failed))}: without maps; all others are saved")
+        raise typer.Exit(2)
 
 
 def _run_many(campaign: Campaign, *, overwrite: bool, resume: bool) -> None:
@@ -254,7 +264,9 @@ def _describe_processor() -> None:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
+            line.split(":", 1)[1].strip()
+            for line in cpuinfo.read_text(errors="replace").splitlines()
+            if line.startswith("model name")
         ]
         model = names[0] if names else model
     out.print(f"cpu              {escape(model)}, {cpus()} processors for this process")
@@ -308,7 +320,7 @@ def _run(recipe: Path, **options: Any) -> tuple[Results, Path]:
         raise typer.Exit(RESUMABLE) from None
     # as it was run, not as the file may read by now
     asked = tomllib.loads(found.provenance["recipe"])
-    if asked["output"].get("previews", True):
+    if asked.get("output", {}).get("previews", True):
         previews(found, where)
     return found, where
 
@@ -320,23 +332,44 @@ def main() -> None:
     # for garbage, and once more at the end, takes a quarter of its time
     gc.set_threshold(500_000, 50, 100)
     atexit.register(gc.freeze)
+    logging.raiseExceptions = False
+    streams.protect()
+    code = _main()
+    if why := streams.failure(sys.stdout):
+        err.print(f"note: standard output can't be written ({escape(why)}); what was to be printed is lost")
+    sys.exit(code)
+
+
+def _main() -> int:
+    """Run the command; its exit code."""
     try:
         app(standalone_mode=True)
     except SystemExit as ended:
-        if ended.code not in (1, 130) or not interrupts.received():
-            raise
-        # Click makes 1 of a KeyboardInterrupt that no command caught
-        err.print(f"{interrupts.describe()} before anything was begun")
-        sys.exit(RESUMABLE)
+        if ended.code in (1, 130) and interrupts.received():
+            # Click makes 1 of a KeyboardInterrupt that no command caught
+            err.print(f"{interrupts.describe()} before anything was begun")
+            return RESUMABLE
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except ResumableError as error:
         err.print(f"[bold yellow]ended early:[/bold yellow] {escape(str(error))}")
-        sys.exit(RESUMABLE)
+        return RESUMABLE
     except GpuemError as error:
         err.print(f"[bold red]error:[/bold red] {escape(str(error))}")
-        sys.exit(2)
     except (OSError, MemoryError) as error:
-        err.print(f"[bold red]error:[/bold red] {escape(str(error) or type(error).__name__)}")
-        sys.exit(2)
+        err.print(f"[bold red]error:[/bold red] {escape(redact(str(error) or type(error).__name__))}")
+    except Exception as error:
+        log.debug("", exc_info=True)
+        err.print(f"[bold red]error:[/bold red] {escape(_unforeseen(error))}")
+    return 2
+
+
+def _unforeseen(error: Exception) -> str:
+    """An error that is a fault of gpuem, with its place."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return redact(
+        f"a fault of gpuem: {in_a_line(error)} ({type(error).__name__} at {Path(at.filename).name}:{at.lineno}). "
+        "Please report it with what gpuem --verbose prints"
+    )
 
 
 if __name__ == "__main__":

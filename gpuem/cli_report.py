@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from gpuem.errors import GpuemError, InputError, OutputError
+from gpuem.errors import GpuemError, InputError
+from gpuem.pictures import drawing
 from gpuem.progress import duration, err, rate
 
 if TYPE_CHECKING:
@@ -113,16 +114,12 @@ def _show_places(analyses: Sequence[Any], view: View, seen: Sample | None, why: 
 
 
 def _save_picture(draw: Callable[[], Any], target: Path) -> None:
-    """Draw a picture and say where it lies, or why there is none."""
-    try:
+    """Draw a picture and say where it lies; what goes wrong with it is a warning."""
+    with drawing("picture"):
         from gpuem.panels import save_picture
 
         save_picture(draw(), target, 110)
         out.print(f"picture          {escape(str(target))}")
-    except ImportError:
-        err.print(escape("no picture: matplotlib is not installed (pip install 'gpuem[plot]', or matplotlib itself)"))
-    except (OSError, OutputError) as error:
-        err.print(f"no picture: {escape(str(error))}")
 
 
 def check_many(campaign: Campaign) -> None:
@@ -206,22 +203,18 @@ def first_line(error: BaseException) -> str:
 
 
 def previews(found: Results, where: Path) -> None:
-    """Draw the maps as pictures beside the result."""
-    try:
+    """Draw the maps as pictures beside the result; what goes wrong with them is a warning."""
+    with drawing("pictures"):
         from gpuem import outputs, plot
 
         folder = outputs.previews_folder(where)
-        plot.save_previews(found, folder)
-        out.print(f"pictures         {escape(str(folder))}")
+        if plot.save_previews(found, folder):
+            out.print(f"pictures         {escape(str(folder))}")
         if found.provenance["seconds"]["total"] > LONG:
             from gpuem.plot_timeline import save_timeline
             from gpuem.run_folder import beside
 
             out.print(f"timeline         {escape(str(save_timeline(beside(where))))}")
-    except ImportError:
-        err.print(escape("no pictures: matplotlib is not installed (pip install 'gpuem[plot]', or matplotlib itself)"))
-    except (OSError, OutputError) as error:
-        err.print(f"no pictures: {escape(str(error))}; the result itself is complete")
 
 
 def report(found: Results, where: Path) -> None:

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
+from gpuem import streams
+from gpuem.cli_status import out
 from gpuem.errors import InputError, OutputError, RecipeError
+from gpuem.progress import err
 
 if TYPE_CHECKING:
     from gpuem.recipe import Recipe
@@ -58,6 +62,9 @@ def slurm(
     _make_folder(jobs.log_pattern(ask, output).parent, submit)
     if not submit:
         sys.stdout.write(text)
+        sys.stdout.flush()
+        if why := streams.failure(sys.stdout):
+            raise OutputError(f"the script can't be written to standard output: {why}")
         return
     _say(jobs.submit(text), ask, output)
 
@@ -70,7 +77,7 @@ def _make_folder(folder: Path, submitting: bool) -> None:
         message = f"{folder}: the folder of the result can't be made: {error.strerror}"
         if submitting:
             raise OutputError(message) from error
-        typer.echo(f"note: {message}; Slurm ends a job without a word where the folder of its log is missing", err=True)
+        err.print(f"note: {escape(message)}; Slurm ends a job without a word where the folder of its log is missing")
 
 
 def _mode(asked: str, nodes: int, gpus: int) -> Mode:
@@ -123,7 +130,7 @@ def _check_programs(ask: Ask, site: Site, submitting: bool) -> None:
     message = f"dask mode needs {missing}, which is not installed here: install it with pip, or use --mode rank"
     if submitting:
         raise RecipeError(message)
-    typer.echo(f"note: {message}", err=True)
+    err.print(f"note: {escape(message)}")
 
 
 def _say(job: str, ask: Ask, output: Path) -> None:
@@ -132,14 +139,16 @@ def _say(job: str, ask: Ask, output: Path) -> None:
     from gpuem.slurm import log_pattern
 
     log = str(log_pattern(ask, output)).replace("%%", "%")
-    typer.echo(f"submitted        job {job}" + f", {len(ask.files)} tasks" * bool(ask.files))
-    typer.echo(f"in the queue     squeue --jobs={job}")
+    _print(f"submitted        job {job}" + f", {len(ask.files)} tasks" * bool(ask.files))
+    _print(f"in the queue     squeue --jobs={job}")
     if ask.files:
         log = log.replace("%A", job)
-        typer.echo(f"its logs         {shlex.quote(log.replace('%a', '0'))}, ...")
+        _print(f"its logs         {shlex.quote(log.replace('%a', '0'))}, ...")
     else:
-        typer.echo(f"its log          tail -F {shlex.quote(log.replace('%j', job))}")
-    typer.echo(
-        f"how far          gpuem status {shlex.quote(str(ask.recipe if NAME in str(output) else beside(output)))}"
-    )
-    typer.echo(f"stop             scancel {job}")
+        _print(f"its log          tail -F {shlex.quote(log.replace('%j', job))}")
+    _print(f"how far          gpuem status {shlex.quote(str(ask.recipe if NAME in str(output) else beside(output)))}")
+    _print(f"stop             scancel {job}")
+
+
+def _print(text: str) -> None:
+    out.print(escape(text))

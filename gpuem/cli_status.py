@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import time
-import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +12,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from gpuem.errors import InputError, OutputError, RecipeError
+from gpuem import toml_file
+from gpuem.errors import InputError, RecipeError
+from gpuem.pictures import drawing
 from gpuem.progress import duration, err, rate
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def _of_recipe(path: Path) -> list[Path]:
 
     try:
         # no more than needed: a recipe may be wrong by now, and its run is to be seen nevertheless
-        output = tomllib.loads(path.read_text(encoding="utf-8"))["output"]["path"]
+        output = toml_file.read(path)[1]["output"]["path"]
         folder = beside(path.parent / output)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(f"{path}: no recipe that says where its result goes ([output] path): {error}") from error
@@ -228,11 +229,7 @@ def _describe_stages(log: Log) -> None:
 
 
 def _draw(folder: Path, target: Path) -> None:
-    try:
+    with drawing("picture"):
         from gpuem.plot_timeline import save_timeline
 
         out.print(f"picture          {escape(str(save_timeline(folder, target)))}")
-    except ImportError:
-        err.print(escape("no picture: matplotlib is not installed (pip install 'gpuem[plot]', or matplotlib itself)"))
-    except (OSError, ValueError, OutputError) as error:
-        err.print(f"no picture: {escape(str(error))}")

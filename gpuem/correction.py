@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpuem.errors import RecipeError
-from gpuem.formats.array import read_array
+from gpuem.formats.array import as_array, read_array
 from gpuem.formats.source import Correction
+from gpuem.paths import local_path
 
 Image = NDArray[Any] | str | os.PathLike[str] | None
 Dead = NDArray[Any] | Sequence[Sequence[int]] | str | os.PathLike[str] | None
@@ -146,13 +146,13 @@ def summary(correction: Correction | None) -> dict[str, Any] | None:
 
 def _origin(given: Any) -> str:
     if isinstance(given, str | os.PathLike):
-        return str(Path(given).expanduser())
+        return str(local_path(given))
     return "list" if isinstance(given, list | tuple) else "array"
 
 
 def _read(what: str, given: Any, where: str, shape: tuple[int, int]) -> NDArray[Any]:
     """An array of numbers of detector shape."""
-    array = read_array(Path(given).expanduser(), what) if isinstance(given, str | os.PathLike) else np.asarray(given)
+    array = read_array(local_path(given), what) if isinstance(given, str | os.PathLike) else as_array(given, what)
     if array.shape != shape:
         raise RecipeError(f"{what} {where} has shape {array.shape}, the detector {shape}; they must be equal")
     if array.dtype.kind not in "buif":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import glob
 import logging
 import os
 import re
@@ -16,15 +15,16 @@ from typing import Annotated, Any
 from pydantic import PlainValidator, ValidationInfo, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
+from gpuem import patterns
 from gpuem.errors import GpuemError, RecipeError
 from gpuem.formats import FORMATS, read_header, remote, stores
 from gpuem.formats.remote import Place, Url
+from gpuem.messages import shown
 
 log = logging.getLogger("gpuem")
 # what follows a name in a numbered series, and what stands between the two
 _NUMBER = re.compile(r"[0-9]+$")
 _SEPARATORS = "_-. "
-_MAGIC = re.compile(r"[*?[]")
 # DECTRIS: a master file, and the files that it links
 _MASTER, _LINKED = "_master", "_data_"
 
@@ -43,19 +43,21 @@ def _several(value: Any) -> list[Place] | None:
     if value is None:
         return None
     if not isinstance(value, list) or not value:
-        raise ValueError(f'needed is a list of files and patterns, each = ["a.mib", "b*.mib"] (found {value!r})')
+        raise ValueError(f'needed is a list of files and patterns, each = ["a.mib", "b*.mib"] (found {shown(value)})')
     return [_place_of(item) for item in value]
 
 
 def _place_of(value: Any) -> Place:
     """A path or a URL, as a recipe says it."""
-    if not isinstance(value, str | Path | Url) or not str(value):
-        raise ValueError(f"needed is a path or a URL, as text in quotes (found {value!r})")
-    # its leading ~ is expanded when the recipe's folder is known
-    found = value if isinstance(value, Url) else remote.parse_place(value)
-    if isinstance(value, str) and "://" in value and not isinstance(found, Url):
+    if isinstance(value, Url):
+        return value
+    if not isinstance(value, str | Path) or not str(value):
+        raise ValueError(f"needed is a path or a URL, as text in quotes (found {shown(value)})")
+    found = remote.url_of(str(value))
+    if isinstance(value, str) and "://" in value and found is None:
         raise ValueError(f"{value!r}: not a URL that gpuem reads; it may begin with {', '.join(stores.EXAMPLES)}")
-    return found
+    # what ~ stands for depends on the folder of the recipe
+    return Path(value) if found is None else found
 
 
 # what a recipe may say in [input]: each, and path, which must be given where each is not
@@ -108,7 +110,7 @@ def split(path: Path) -> tuple[Path, str]:
     parts = path.relative_to(sure).parts
     for k, part in enumerate(parts):
         # people do put brackets into the names of folders
-        if _MAGIC.search(part) and not os.path.lexists(sure / part):
+        if patterns.MAGIC.search(part) and not os.path.lexists(sure / part):
             return sure, str(Path(*parts[k:]))
         sure = sure / part
     return path, ""
@@ -157,12 +159,12 @@ def _folders(place: Place) -> tuple[str, ...]:
 
 def _key(place: Place) -> str:
     """The same for all spellings of a place."""
-    return str(place) if isinstance(place, Url) else os.path.normpath(place.absolute())
+    return place.text if isinstance(place, Url) else os.path.normpath(place.absolute())
 
 
 def _matches(folder: Path, pattern: str, format: str | None) -> list[Place]:  # noqa: A002
     """Files that a pattern finds, sorted; hidden ones are not found, and folders are no data."""
-    found = [folder / name for name in _glob(folder, pattern)]
+    found = [folder / name for name in patterns.find(folder, pattern)]
     files = [path for path in found if not path.is_dir()]
     if not files:
         raise RecipeError(f"[input] {folder / pattern}: {_near_misses(folder, Path(pattern).parts)}")
@@ -179,11 +181,6 @@ def _matches(folder: Path, pattern: str, format: str | None) -> list[Place]:  # 
     return list(readable)
 
 
-def _glob(folder: Path, pattern: str) -> list[str]:
-    # pathlib's finds hidden files too, as the ._scan.mib of other people's file systems
-    return sorted(glob.glob(pattern, root_dir=folder, recursive=True))  # noqa: PTH207
-
-
 def _near_misses(folder: Path, parts: tuple[str, ...]) -> str:
     """Why a pattern finds nothing: the folder in which it fails, and what is there."""
     if not folder.is_dir():
@@ -195,9 +192,11 @@ def _near_misses(folder: Path, parts: tuple[str, ...]) -> str:
         return f"{missing}: no such folder{_or(near)}"
     part = parts[0]
     for k, part in enumerate(parts):
-        fitting = _glob(folder, part)
+        if part == "**":
+            break
+        fitting = patterns.find(folder, part)
         inside = [name for name in fitting if (folder / name).is_dir()]
-        if part == "**" or not inside or k == len(parts) - 1:
+        if not inside or k == len(parts) - 1:
             break
         folder = folder / inside[0]
     if not os.access(folder, os.R_OK | os.X_OK):

@@ -5,28 +5,24 @@ from __future__ import annotations
 import functools
 import math
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpuem import correction, tiles
+from gpuem import arguments, correction, tiles
 from gpuem.axes import Axis, calibrate, detector_axes, scan_axes
 from gpuem.backends import Block, cpu
 from gpuem.correction import Dead, Image
 from gpuem.engine import describe
-from gpuem.errors import DataError, InputError, RecipeError
+from gpuem.errors import DataError, InputError, PlanError, PositionError, RecipeError
 from gpuem.formats import array, read_header
-from gpuem.formats.remote import Place, Url, place
-from gpuem.formats.source import Copy, Source
+from gpuem.formats.remote import Url, place
+from gpuem.formats.source import Source
+from gpuem.messages import shown
 from gpuem.storage.host import Files
-
-# a scan of 32768 x 32768; every position costs memory before the first frame is read
-MOST_POSITIONS = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -157,18 +153,33 @@ class Dataset:
             A frame asked for is missing or broken.
         """
         key = index if isinstance(index, tuple) else (index,)
+        if len(key) > len(self.shape) + sum(item is Ellipsis for item in key):
+            raise PositionError(f"{len(key)} indices for data of {len(self.shape)} axes {self.shape}")
         dots = [k for k, item in enumerate(key) if item is Ellipsis]
         if dots:
             at = dots[0]
             key = (*key[:at], *[slice(None)] * (len(self.shape) - len(key) + 1), *key[at + 1 :])
         scan, detector = key[: len(self.scan)], key[len(self.scan) :]
-        chosen = np.arange(self.positions).reshape(self.scan_shape)[scan]
+        try:
+            chosen = np.arange(self.positions).reshape(self.scan_shape)[scan]
+            # no bytes are behind this: what is wrong with the detector's part is told before frames are read
+            empty = np.broadcast_to(np.int8(0), (*np.shape(chosen), *self.frame_shape))
+            _ = empty[(*[slice(None)] * np.ndim(chosen), *detector)].shape
+        except (IndexError, TypeError, ValueError) as error:
+            raise PositionError(f"{self!r}[{shown(index)}]: {error}") from None
         frames = self._read(np.ravel(chosen) + self.skip).reshape(*np.shape(chosen), *self.frame_shape)
         return frames[(*[slice(None)] * np.ndim(chosen), *detector)]
 
     def _read(self, indices: NDArray[np.int64]) -> NDArray[Any]:
         """Frames by their flat index in file order."""
-        out = np.empty((indices.size, *self.frame_shape), self.dtype)
+        try:
+            out = np.empty((indices.size, *self.frame_shape), self.dtype)
+        except MemoryError:
+            nbytes = indices.size * self.dtype.itemsize * math.prod(self.frame_shape)
+            raise PlanError(
+                f"{indices.size:,} frames are {nbytes / 1e9:,.1f} GB, more than there is memory: take fewer, or let "
+                "gpuem.run stream them"
+            ) from None
         found = np.zeros(indices.size, np.bool_)
         order = np.argsort(indices, kind="stable")
         ordered, size = indices[order], math.prod(self.frame_shape)
@@ -243,39 +254,17 @@ def open(  # noqa: A001
     RecipeError
         An option is unknown or impossible.
     """
+    if not isinstance(path, str | os.PathLike | Url | Sequence):
+        raise RecipeError(f"path {shown(path)}: needed is a path or a URL, or a list of them; of an array: gpuem.run")
     paths = tuple(place(p) for p in ([path] if isinstance(path, str | os.PathLike | Url) else path))
     if not paths:
         raise RecipeError("path: no file is given")
-    scan = _scan_shape(paths[0], scan, skip)
+    scan, skip = arguments.scan_shape(paths[0], scan), arguments.whole("skip", skip)
     options = {key: value for key, value in {**options, "fit": fit or None}.items() if value is not None}
     source = read_header(paths, format, scan, follow_links=follow_links, **options)
     if copies:
-        source = replace(source, copies=tuple(_copy(**one) for one in copies))
+        source = replace(source, copies=tuple(map(arguments.copy, copies)))
     return arrange(source, scan, skip, fit, calibration)
-
-
-def _scan_shape(path: Place, scan: Sequence[int] | None, skip: int) -> tuple[int, ...] | None:
-    """The scan as it is given; raises RecipeError unless it and `skip` can be."""
-    if not isinstance(skip, int | np.integer) or isinstance(skip, bool):
-        raise RecipeError(f"{path}: skip {skip!r}: needed is a whole number of frames")
-    if scan is None:
-        return None
-    sizes = tuple(scan) if isinstance(scan, Sequence | np.ndarray) and not isinstance(scan, str | bytes) else ()
-    if not sizes or not all(isinstance(n, int | np.integer) and not isinstance(n, bool | np.bool_) for n in sizes):
-        raise RecipeError(f"{path}: scan {scan!r}: needed are whole numbers, such as (256, 256)")
-    shape = tuple(int(n) for n in sizes)
-    if min(shape) < 1:
-        raise RecipeError(f"{path}: scan {list(shape)}: every axis needs at least one position")
-    if math.prod(shape) > MOST_POSITIONS:
-        raise RecipeError(
-            f"{path}: scan {list(shape)} has {math.prod(shape):,} positions; gpuem takes up to {MOST_POSITIONS:,}"
-        )
-    return shape
-
-
-def _copy(hosts: Sequence[str], folder: str | os.PathLike[str], files: Sequence[str] = ("*",)) -> Copy:
-    named = (platform.node() if host == "localhost" else host for host in hosts)
-    return Copy(tuple(named), Path(folder), tuple(files))
 
 
 def of_array(data: Any) -> Dataset:
@@ -305,10 +294,10 @@ def arrange(
         raise RecipeError(f"{name}: skip = {skip} leaves out all of its {source.frames} frames")
     shape = scan if scan is not None else (source.scan_shape if skip == 0 else (there,))
     positions = math.prod(shape)
-    if min(shape) < 1 or positions > MOST_POSITIONS:
+    if min(shape) < 1 or positions > arguments.MOST_POSITIONS:
         raise InputError(
             f"{name}: its scan {' x '.join(map(str, shape))} has {positions:,} positions; "
-            f"gpuem takes 1 to {MOST_POSITIONS:,}"
+            f"gpuem takes 1 to {arguments.MOST_POSITIONS:,}"
         )
     if skip <= -positions:
         raise RecipeError(f"{name}: skip = {skip} leaves none of the {positions} scan positions a frame")
@@ -334,27 +323,15 @@ def arrange(
         notes.append(f"the first {-skip} positions have no frame (skip = {skip})")
     axes = source.scan if source.scan and tuple(a.size for a in source.scan) == shape else scan_axes(shape)
     detector = source.detector or detector_axes(source.frame_shape)
-    return Dataset(source, *_calibrate(axes, detector, dict(calibration or {})), skip, tuple(notes))
+    return Dataset(source, *_calibrate(axes, detector, arguments.calibration(calibration or {})), skip, tuple(notes))
 
 
 def _calibrate(
     scan: tuple[Axis, ...], detector: tuple[Axis, ...], given: dict[str, Any]
 ) -> tuple[tuple[Axis, ...], tuple[Axis, ...]]:
     """Scan and detector axes with the pixel sizes that are given."""
-    for key in given:
-        if key not in ("scan_step", "scan_unit", "detector_step", "detector_unit"):
-            raise RecipeError(
-                f"calibration: {key!r} is unknown; known: scan_step, scan_unit, detector_step, detector_unit"
-            )
-    for part in ("scan", "detector"):
-        if given.get(f"{part}_unit") is not None and given.get(f"{part}_step") is None:
-            raise RecipeError(f"calibration: {part}_unit needs {part}_step, the size of a pixel")
     if given.get("scan_step") is not None:
-        scan = calibrate(scan, _steps(given["scan_step"]), given.get("scan_unit") or "nm")
+        scan = calibrate(scan, arguments.steps(given["scan_step"]), given.get("scan_unit") or "nm")
     if given.get("detector_step") is not None:
-        detector = calibrate(detector, _steps(given["detector_step"]), given.get("detector_unit") or "mrad")
+        detector = calibrate(detector, arguments.steps(given["detector_step"]), given.get("detector_unit") or "mrad")
     return scan, detector
-
-
-def _steps(step: Any) -> float | tuple[float, ...]:
-    return tuple(float(s) for s in step) if isinstance(step, Sequence) else float(step)

@@ -2,6 +2,7 @@
 
 GpuemError
   RecipeError    a recipe or an argument is wrong: which key, what was found, what is allowed
+    PositionError    an index that a data set doesn't have (an IndexError, too)
   InputError     a file can't be used: missing, empty, alien, its header and size disagree
     TruncatedError   fewer whole frames than the header or the scan promises
   DataError      the bytes are there but broken: a corrupt chunk, NaN in a frame
@@ -17,13 +18,22 @@ exit code 2, but ResumableError into 75, which schedulers read as "try again".
 
 from __future__ import annotations
 
+from gpuem.redaction import redact
+
 
 class GpuemError(Exception):
-    """Base of everything gpuem raises on purpose."""
+    """Base of everything gpuem raises on purpose; secrets of URLs are left out of its message."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class RecipeError(GpuemError, ValueError):
     """A recipe, or an argument of the Python interface, is wrong."""
+
+
+class PositionError(RecipeError, IndexError):
+    """An index of a data set that isn't there."""
 
 
 class InputError(GpuemError):

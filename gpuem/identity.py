@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import gpuem
-from gpuem.analyses import Analysis, Looking
+from gpuem.analyses import Analysis, Looking, fields, plain
 from gpuem.dataset import Dataset
 from gpuem.engine import Job
 from gpuem.errors import RecipeError
@@ -216,8 +216,8 @@ def of_ends(files: Files, k: int, size: int) -> str:
 
 def _of_analysis(analysis: Any) -> dict[str, Any]:
     """All that was asked of an analysis; arrays and files by what is in them."""
-    plain = analysis.model_dump(mode="json", exclude={name for name, value in analysis if _by_content(value)})
-    return {**plain, **{name: _content(value) for name, value in analysis if _by_content(value)}}
+    own = {name: _content(v) if _by_content(v) else plain(v) for name, v in fields(analysis).items()}
+    return own if "kind" in own else {"kind": f"{type(analysis).__module__}.{type(analysis).__qualname__}", **own}
 
 
 def _by_content(value: Any) -> bool:

@@ -26,17 +26,21 @@ from gpuem import (
     tiles,
 )
 from gpuem import resume as resume_of
-from gpuem.analyses import Analysis, Map, Sample, View
-from gpuem.backends import Device, Sums, Weights
+from gpuem.analyses import Analysis, Sample, View, listed
+from gpuem.backends import Device, Weights
 from gpuem.dataset import Dataset
-from gpuem.errors import DataError, OutputError, RecipeError, ResumableError
+from gpuem.errors import OutputError, RecipeError, ResumableError
 from gpuem.executors import Crew, local
 from gpuem.executors.dispatch import no_report
 from gpuem.executors.memory import available_memory
 from gpuem.identity import version
 from gpuem.keeping import Progress
 from gpuem.look import sample_nbytes
+from gpuem.maps import finish
+from gpuem.messages import shown
+from gpuem.paths import local_path
 from gpuem.provenance import provenance
+from gpuem.redaction import redact
 from gpuem.region import Roi, region, summary
 from gpuem.results import Results
 from gpuem.run_folder import RunFolder
@@ -120,12 +124,17 @@ def run(
     if isinstance(data, str | os.PathLike):
         raise RecipeError(f"run({str(data)!r}): open the file first: gpuem.run(gpuem.open({str(data)!r}), ...)")
     ds = data if isinstance(data, Dataset) else dataset.of_array(data)
-    chosen = list(analyses) if isinstance(analyses, Sequence) else [analyses]
+    chosen = listed(analyses)
+    _check(chosen)
+    if progress is not None and not callable(progress):
+        raise RecipeError(f"progress {shown(progress)}: needed is a function of the number of frames")
+    if resume and folder is None:
+        raise RecipeError("resume: needs folder, in which a run before this one kept its shards")
     asked = recipe.run_section(device=device, **options)
     with executors.crew(asked) as crew:
         if folder is None:
             return _run(ds, chosen, asked, roi, progress, crew)
-        with RunFolder(Path(folder)) as kept:
+        with RunFolder(local_path(folder)) as kept:
             return _run(ds, chosen, asked, roi, progress, crew, kept, resume)
 
 
@@ -149,11 +158,15 @@ def _run(
     else:
         resolved, job = _begin_kept(ds, analyses, options, roi, crew, kept, resume)
         totals = keeping.run(job, crew, kept, progress)
-    maps = finish(view_of(ds), resolved, job, totals)
+    maps, failed = finish(view_of(ds), resolved, job, totals)
     if sum(job.weights, Weights()).total and not frames_wanted(ds, analyses):
         sampling.glance_at_sum(view_of(ds), resolved, totals.sums.total, int(totals.valid.sum()))
     facts = provenance(ds, analyses, job, totals, time.perf_counter() - started)
     facts["roi"] = summary(job.wanted, roi)
+    if failed:
+        facts["failed"] = failed
+        for name, why in failed.items():
+            log.error("%s: its maps could not be made: %s", name, why)
     if kept is not None:
         facts["run"], facts["identity"] = kept.id, kept.identity
     return Results(maps, facts)
@@ -233,8 +246,9 @@ def run_recipe(
     ResumableError
         The run ended early; finished shards are kept.
     """
-    asked, text = recipe.load_one(Path(path), **changes)
-    return run_asked(asked, text, path=Path(path), overwrite=overwrite, resume=resume, watch=watch, crew=crew)
+    path = local_path(path)
+    asked, text = recipe.load_one(path, **changes)
+    return run_asked(asked, text, path=path, overwrite=overwrite, resume=resume, watch=watch, crew=crew)
 
 
 def run_asked(
@@ -249,6 +263,7 @@ def run_asked(
     ds = open_input(asked)
     outputs.refuse_overlaps(outputs.places(asked), outputs.inputs(asked, ds))
     wanted = region(ds.scan_shape, asked.input.roi)
+    text = redact(text)
     if resume and there:
         now = identity.of_data(ds, asked.analysis, wanted, version())
         if not resume_of.replaces(folder, output, now):
@@ -346,26 +361,3 @@ def allowed_memory(options: recipe.Run) -> int:
 def _map_nbytes(analysis: Analysis, view: View) -> int:
     own = getattr(analysis, "map_nbytes", None)
     return int(own(view)) if own else tiles.MAPS_NBYTES
-
-
-def finish(view: View, analyses: Sequence[Analysis], job: engine.Job, totals: engine.Totals) -> dict[str, Map]:
-    """Hand every analysis its own columns of the sums, collect the maps."""
-    if not totals.valid.any():
-        why = "; ".join(item.message for item in totals.lost[:3]) or "no frame of the file lies inside the scan"
-        raise DataError(f"not one frame could be read: {why}")
-    maps: dict[str, Map] = {}
-    masks = images = moments = fits = 0
-    for analysis, own in zip(analyses, job.weights, strict=True):
-        sums = Sums(
-            totals.sums.masks[:, masks : (masks := masks + len(own.masks))],
-            totals.sums.images[:, images : (images := images + len(own.images))],
-            totals.sums.moments[:, moments : (moments := moments + len(own.moments))],
-            totals.sums.total,
-            totals.sums.maximum,
-            totals.sums.fits[fits : (fits := fits + len(own.fits))],
-        )
-        for name, item in analysis.finish(view, sums, totals.valid).items():
-            maps[f"{analysis.name}/{name}" if name else analysis.name] = item
-    valid = totals.valid.reshape(view.scan_shape)
-    maps["valid"] = Map(valid, view.scan, "", "a frame was read at this scan position")
-    return maps

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +18,10 @@ from gpuem.errors import GpuemError, OutputError, ResumableError
 from gpuem.executors import Crew
 from gpuem.identity import version
 from gpuem.job import Watch
+from gpuem.messages import in_a_line
+from gpuem.paths import local_path
 from gpuem.recipe import NAME, Recipe
-from gpuem.results import Results
+from gpuem.results import Results, SavedResults
 
 log = logging.getLogger("gpuem")
 State = Literal["done", "kept", "failed", "not begun"]
@@ -51,38 +53,6 @@ class Campaign:
     alone: dict[str, Recipe]
     several: bool
     summary: Path
-
-
-@dataclass(frozen=True)
-class SavedResults:
-    """A result on disk, as ``results, path = saved``: its maps are loaded every time they are asked for, never kept.
-
-    Parameters
-    ----------
-    path : Path
-        Where it was saved.
-    """
-
-    path: Path
-
-    def load(self) -> Results:
-        """The maps, from the disk.
-
-        Raises
-        ------
-        InputError
-            They are not there any more, or damaged.
-        """
-        return results.load_results(self.path)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.load(), self.path))
-
-    def __getitem__(self, index: int) -> Any:
-        return self.load() if index in (0, -2) else (None, self.path)[index]
-
-    def __len__(self) -> int:
-        return 2
 
 
 @dataclass(frozen=True)
@@ -153,7 +123,7 @@ def load(path: str | os.PathLike[str], **changes: Any) -> Campaign:
     RecipeError
         The recipe is wrong, a pattern finds nothing, or two data sets can't be told apart by their names.
     """
-    asked, text = recipe.load(Path(path), **changes)
+    asked, text = recipe.load(local_path(path), **changes)
     parts = asked.output.path.parts
     sure = next((k for k, part in enumerate(parts) if NAME in part), len(parts) - 1)
     summary = Path(*parts[:sure]) / f"{Path(path).stem}.summary.json"
@@ -236,9 +206,12 @@ def _run(campaign: Campaign, name: str, hands: _Hands, *, overwrite: bool, resum
         )
         facts = found.provenance
         frames, seconds = facts["frames"], facts["seconds"]["total"] if earlier else time.monotonic() - began
+        failed = "; ".join(f"{analysis}: {why}" for analysis, why in facts.get("failed", {}).items())
         return Outcome(
-            name, data, where, "done", None, found, frames["read"], frames["masked"], facts["bytes"], seconds, earlier
-        )
+            name, data, where, "failed" if failed else "done",
+            GpuemError(f"{failed}; all other maps are saved") if failed else None,
+            found, frames["read"], frames["masked"], facts["bytes"], seconds, earlier,
+        )  # fmt: skip
     except KeyboardInterrupt as stop:
         state, error = "kept", _stopped(stop)
     except ResumableError as early:
@@ -249,8 +222,9 @@ def _run(campaign: Campaign, name: str, hands: _Hands, *, overwrite: bool, resum
     except Exception as unforeseen:
         # a night's worth of other data sets must not be lost by it
         expected = isinstance(unforeseen, OSError | MemoryError)
-        log.log(logging.DEBUG if expected else logging.ERROR, "%s", name, exc_info=True)
-        state, error = "failed", GpuemError(f"{type(unforeseen).__name__}: {unforeseen}")
+        log.debug("%s", name, exc_info=True)
+        more = "" if expected else " (a fault of gpuem; gpuem --verbose tells its place)"
+        state, error = "failed", GpuemError(f"{type(unforeseen).__name__}: {in_a_line(unforeseen)}{more}")
     return Outcome(name, data, result, state, _bare(error), seconds=time.monotonic() - began)
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from gpuem import atomic, ownership
 from gpuem.axes import Axis
 from gpuem.errors import OutputError
+from gpuem.pictures import import_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 def empty_figure(width: float, height: float) -> Figure:
     """A figure of so many inches that is drawn into a file and needs no screen."""
+    import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

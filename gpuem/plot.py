@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +13,7 @@ from numpy.typing import NDArray
 
 from gpuem import atomic, ownership
 from gpuem.analyses import Map
+from gpuem.messages import in_a_line
 from gpuem.panels import beyond, empty_figure, hatch_unknown, png, scale_bar
 from gpuem.plot_detectors import detectors_figure, places_of_maps
 from gpuem.plot_strain import strain_figures
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+log = logging.getLogger("gpuem")
 # what a person looks at first; the rest is in the result file
 _SHOWN = {"sum": ("mean", "max"), "com": ("field_y", "field_x", "divergence", "curl")}
 _SIGNED = ("shift_y", "shift_x", "field_y", "field_x", "divergence", "curl")
@@ -38,11 +43,20 @@ def save_previews(results: Results, folder: Path) -> list[Path]:
         Somebody else's picture of such a name is there, or the folder can't be written. Nothing was changed then.
     """
     pictures: dict[str, bytes] = {}
+    failed: dict[str, Exception] = {}
+
+    def draw_all(name: str, figures: Callable[[], dict[str, Figure]]) -> None:
+        try:
+            pictures.update({f"{name}{suffix}.png": png(figure, 100) for suffix, figure in figures().items()})
+        except ImportError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the other pictures are drawn all the same
+            failed[name or "detectors"] = error
+
     groups: dict[str, dict[str, Map]] = {}
     strains = [name.removesuffix("/exx") for name in results.maps if name.endswith("/exx")]
     for name in strains:
-        for suffix, figure in strain_figures(results.maps, name).items():
-            pictures[f"{name}{suffix}.png"] = png(figure, 100)
+        draw_all(name, partial(strain_figures, results.maps, name))
     for name, item in results.maps.items():
         group, _, last = name.rpartition("/")
         if group in strains:
@@ -52,8 +66,11 @@ def save_previews(results: Results, folder: Path) -> list[Path]:
     for group, maps in groups.items():
         kinds = [kind for kind in _SHOWN.values() if set(kind) & set(maps)]
         shown = {k: m for k, m in maps.items() if not kinds or k in kinds[0]}
-        pictures[f"{group}.png"] = png(figure_of(group, shown), 100)
-    pictures |= _detectors(results)
+        draw_all(group, partial(_figures_of, group, shown))
+    draw_all("", partial(_detectors, results))
+    if failed:
+        first = next(iter(failed))
+        log.warning("no picture of %s: %s; the maps are complete", ", ".join(failed), in_a_line(failed[first]))
     ownership.claim(folder, *pictures)
     for name, picture in pictures.items():
         atomic.write_file(folder / name, picture)
@@ -61,13 +78,17 @@ def save_previews(results: Results, folder: Path) -> list[Path]:
     return [folder / name for name in pictures]
 
 
-def _detectors(results: Results) -> dict[str, bytes]:
+def _detectors(results: Results) -> dict[str, Figure]:
     """Where the detectors lie, over the mean pattern, where the run made one."""
     places = places_of_maps(results.maps)
     for name, item in results.maps.items():
         if places and name.endswith("/mean") and [axis.name for axis in item.axes] == ["detector_y", "detector_x"]:
-            return {f"{name.removesuffix('/mean')}.detectors.png": png(detectors_figure(item.data, places), 100)}
+            return {f"{name.removesuffix('/mean')}.detectors": detectors_figure(item.data, places)}
     return {}
+
+
+def _figures_of(title: str, maps: dict[str, Map]) -> dict[str, Figure]:
+    return {"": figure_of(title, maps)}
 
 
 def figure_of(title: str, maps: dict[str, Map]) -> Figure:

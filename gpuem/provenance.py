@@ -7,13 +7,14 @@ import functools
 import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpuem import engine
-from gpuem.analyses import Analysis, Looking
+from gpuem.analyses import Analysis, Looking, fields, plain
 from gpuem.correction import summary
 from gpuem.dataset import Dataset
 from gpuem.identity import version
@@ -40,7 +41,8 @@ def provenance(
         reasons.setdefault(item.message, []).append(item.indices)
     return {
         **_versions(),
-        "command": sys.argv,
+        # its arguments may hold what is nobody's business
+        "command": Path(sys.argv[0]).name if sys.argv else "",
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": job.backend.NAME,
         **job.facts,
@@ -68,9 +70,8 @@ def provenance(
 
 def _plain(analysis: Any) -> dict[str, Any]:
     """An analysis as plain values; of an array its shape, of a mask its number of pixels."""
-    arrays = {name: value for name, value in analysis if isinstance(value, np.ndarray)}
-    fields: dict[str, Any] = analysis.model_dump(mode="json", exclude=set(arrays))
-    return {name: _words(arrays[name]) if name in arrays else fields[name] for name in type(analysis).model_fields}
+    own = {name: _words(v) if isinstance(v, np.ndarray) else plain(v) for name, v in fields(analysis).items()}
+    return own if "kind" in own else {"kind": type(analysis).__qualname__, **own}
 
 
 def _words(array: NDArray[Any]) -> str:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
-import tomllib
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
-from gpuem import data_sets
+from gpuem import data_sets, messages, toml_file
 from gpuem.analyses.bragg import Bragg
 from gpuem.analyses.com import CenterOfMass
 from gpuem.analyses.strain import Strain
 from gpuem.analyses.sums import Sum
 from gpuem.analyses.virtual import VirtualDetector
 from gpuem.errors import RecipeError
-from gpuem.formats import remote
 from gpuem.formats.remote import Place
+from gpuem.messages import shown
+from gpuem.paths import local_path
 
 # the one list of all kinds: what a recipe may say, and what is said of it where it says something else
 AnyAnalysis = Annotated[Sum | VirtualDetector | CenterOfMass | Strain | Bragg, Field(discriminator="kind")]
@@ -170,27 +170,12 @@ def load(path: Path, **changes: Any) -> tuple[Recipe, str]:
     RecipeError
         The file is missing, not TOML, or says something impossible: all mistakes at once. Or a pattern finds nothing.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        raw = tomllib.loads(text)
-    except FileNotFoundError:
-        there = [p.name for p in path.parent.glob("*.toml")]
-        near = get_close_matches(path.name, there, 1)
-        raise RecipeError(f"{path.absolute()}: no such recipe{f'; did you mean {near[0]}?' if near else ''}") from None
-    except IsADirectoryError:
-        raise RecipeError(f"{path}: a folder, not a recipe; to look at a result use gpuem info") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path}: not a text file; a recipe is TOML and names the data in [input]") from None
-    except OSError as error:
-        raise RecipeError(f"{path}: can't be read: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        hint = (
-            "; every analysis begins with [[analysis]], in double brackets" if "Cannot overwrite" in str(error) else ""
-        )
-        raise RecipeError(f"{path}: not TOML: {error}{hint}") from error
+    text, raw = toml_file.read(path)
     if isinstance(raw.get("analysis"), dict):
         raise RecipeError(f"{path}: every analysis begins with [[analysis]], in double brackets")
     recipe = _found(_absolute(check(_changed(raw, **changes), str(path)), path.resolve().parent))
+    if not recipe.output.path.name:
+        raise RecipeError(f"{path}: [output] path {str(recipe.output.path)!r}: no name for a result, as out.zarr")
     if recipe.input.each and NAME not in str(recipe.output.path):
         example = recipe.output.path.with_name(f"{NAME}.{recipe.output.path.name}").name
         raise RecipeError(
@@ -239,15 +224,19 @@ def only(recipe: Recipe) -> Recipe:
     return next(iter(one_by_one(recipe).values()))
 
 
-def _changed(raw: Any, input: Any = None, workers: Any = None, scheduler: Any = None) -> Any:  # noqa: A002
+def _changed(raw: Any, input: Any = None, workers: Any = None, scheduler: Any = None, **others: Any) -> Any:  # noqa: A002
     """A recipe with what the command line says otherwise, where paths count from the current folder."""
-    scheduler = None if scheduler is None else _located(scheduler, Path.cwd())
+    for key in others:
+        raise RecipeError(f"{key}: unknown; what may be said otherwise is input, workers, scheduler")
+    if scheduler is not None and not isinstance(scheduler, str | os.PathLike):
+        raise RecipeError(f"scheduler {shown(scheduler)}: needed is an address, or the path of its file")
+    scheduler = None if scheduler is None else _located(os.fspath(scheduler), Path.cwd())
     run = {key: value for key, value in (("workers", workers), ("scheduler", scheduler)) if value is not None}
     if run and isinstance(raw.get("run", {}), dict):
         kept = {key: value for key, value in raw.get("run", {}).items() if key not in ("workers", "scheduler")}
         raw = {**raw, "run": {**kept, **run}}
     if input is not None and isinstance(raw.get("input"), dict):
-        path = input if "://" in input else str(Path(input).absolute())
+        path = input if "://" in str(input) else str(Path.cwd() / local_path(input))
         kept = {key: value for key, value in raw["input"].items() if key != "each"}
         raw = {**raw, "input": {**kept, "path": path}}
     return raw
@@ -274,15 +263,22 @@ def run_section(**options: Any) -> Run:
     try:
         return Run.model_validate(options)
     except ValidationError as error:
-        found = [(e["loc"][0], _reason({**e, "loc": ("run", *e["loc"])})) for e in error.errors()]
-        raise RecipeError("; ".join(f"{name}: {reason}" for name, reason in found)) from None
+        found: dict[str, list[str]] = {}
+        for e in error.errors():
+            found.setdefault(str(e["loc"][0]) if e["loc"] else "", []).append(_reason({**e, "loc": ("run", *e["loc"])}))
+        raise RecipeError(
+            "; ".join(f"{name}: {'; or: '.join(why)}".removeprefix(": ") for name, why in found.items())
+        ) from None
 
 
 def check_names(names: list[str]) -> None:
     """Raise RecipeError unless the analyses' names differ."""
     for name in names:
-        if name in RESERVED or len(name) > 100:
-            raise RecipeError(f'analysis name "{name}": this name is taken or too long; choose another')
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name) or name in RESERVED or len(name) > 100:
+            raise RecipeError(
+                f"analysis name {shown(name)}: this name is taken or too long, or holds other signs than letters, "
+                "digits, _ . - (it becomes the name of a folder); choose another"
+            )
         if names.count(name) > 1:
             raise RecipeError(
                 f'analysis name "{name}" is used {names.count(name)} times; give each its own name = "..."'
@@ -298,15 +294,15 @@ def parse_memory(value: str | int, key: str = "memory") -> int:
     try:
         nbytes = int(float(number) * units[unit])
     except (ValueError, KeyError, OverflowError):
-        raise RecipeError(f'{key} {value!r}: write bytes, "500 MB" or "4 GB"') from None
+        raise RecipeError(f'{key} {shown(value)}: write bytes, "500 MB" or "4 GB"') from None
     if nbytes <= 0:
-        raise RecipeError(f"{key} {value!r}: must be positive")
+        raise RecipeError(f"{key} {shown(value)}: must be positive")
     return nbytes
 
 
 def _absolute(recipe: Recipe, folder: Path) -> Recipe:
     def fix(path: Path) -> Path:
-        return folder / remote.expand_home(path, folder)
+        return folder / local_path(path, folder)
 
     def locate(place: Place) -> Place:
         return fix(place) if isinstance(place, Path) else place
@@ -333,7 +329,7 @@ def _absolute(recipe: Recipe, folder: Path) -> Recipe:
 
 def _located(scheduler: str, folder: Path) -> str:
     """A scheduler by its address, or by its file, whose path is then whole."""
-    return scheduler if _ADDRESS.fullmatch(scheduler) else str(folder / Path(scheduler).expanduser())
+    return scheduler if _ADDRESS.fullmatch(scheduler) else str(folder / local_path(scheduler, folder))
 
 
 def _found(recipe: Recipe) -> Recipe:
@@ -361,31 +357,16 @@ def _place(error: Any, raw: dict[str, Any]) -> str:
 
 
 def _reason(error: Any) -> str:
-    kind, loc = error["type"], error["loc"]
+    kind = error["type"]
     if kind == "extra_forbidden":
-        known = _known(loc)
-        near = get_close_matches(str(loc[-1]), known, 1, 0.5)
-        return "unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+        return messages.reason(error, _known(error["loc"]))
     if kind == "union_tag_invalid":
-        tag, known = error["ctx"]["tag"], list(KINDS)
-        near = get_close_matches(str(tag).lower(), known, 1, 0.4)
-        return (
-            f"kind {tag!r} is unknown"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-            + f" (kinds: {', '.join(known)})"
-        )
+        tag, known = shown(error["ctx"]["tag"]), list(KINDS)
+        near = messages.nearest(str(error["ctx"]["tag"]).lower()[:100], known, 0.4)
+        return f"kind {tag} is unknown{near} (kinds: {', '.join(known)})"
     if kind == "union_tag_not_found":
         return 'kind = "..." is missing'
-    if kind == "missing":
-        return "is missing"
-    if kind == "literal_error":
-        words = [word.strip("'") for word in str(error["ctx"]["expected"]).replace(" or ", ", ").split(", ")]
-        said = str(error["input"]).lower()
-        near = ["cuda"] if said == "gpu" and "cuda" in words else get_close_matches(said, words, 1, 0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{error['input']!r} is not one of {', '.join(words)}{hint}"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    return message if kind == "value_error" else f"{message} (found {error.get('input')!r})"
+    return messages.reason(error)
 
 
 def _known(loc: tuple[Any, ...]) -> list[str]:

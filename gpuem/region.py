@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gpuem.errors import RecipeError
-from gpuem.formats.array import read_array
+from gpuem.formats.array import as_array, read_array
+from gpuem.paths import local_path
 
 Roi = Sequence[int] | NDArray[np.bool_] | str | os.PathLike[str] | None
 
@@ -38,7 +38,9 @@ def region(shape: tuple[int, ...], roi: Roi) -> NDArray[np.bool_]:
     """
     if roi is None:
         return np.ones(shape, np.bool_).reshape(-1)
-    given: NDArray[Any] = read_array(Path(roi), "roi") if isinstance(roi, str | os.PathLike) else np.asarray(roi)
+    given: NDArray[Any] = (
+        read_array(local_path(roi), "roi") if isinstance(roi, str | os.PathLike) else as_array(roi, "roi")
+    )
     if given.dtype == np.bool_ or given.ndim > 1 or isinstance(roi, str | os.PathLike):
         if given.shape != shape or not np.isin(given, (0, 1)).all():
             raise RecipeError(f"roi: a mask of shape {given.shape} and type {given.dtype}; needed: booleans of {shape}")

@@ -12,6 +12,7 @@ from typing import Any
 from gpuem import atomic, result_store, staging
 from gpuem.analyses import Map
 from gpuem.errors import InputError, OutputError
+from gpuem.paths import local_path
 
 log = logging.getLogger("gpuem")
 # what Zarr and its codecs raise where files are missing or damaged
@@ -71,7 +72,7 @@ class Results(Mapping[str, Map]):
         OutputError
             It exists, a file that gpuem did not write is in the way, the disk is full, or the folder can't be written.
         """
-        target = Path(path)
+        target = local_path(path)
         refuse_impossible(target)
         staging.restore(target.parent)
         check_writable(target, overwrite=overwrite)
@@ -99,6 +100,38 @@ class Results(Mapping[str, Map]):
             data = os.path.realpath(str(file["path"]))
             if f"{data}{os.sep}".startswith(f"{place}{os.sep}"):
                 raise OutputError(f"{target}: the data of this result lie there ({data}); choose another name")
+
+
+@dataclass(frozen=True)
+class SavedResults:
+    """A result on disk, as ``results, path = saved``: its maps are loaded every time they are asked for, never kept.
+
+    Parameters
+    ----------
+    path : Path
+        Where it was saved.
+    """
+
+    path: Path
+
+    def load(self) -> Results:
+        """The maps, from the disk.
+
+        Raises
+        ------
+        InputError
+            They are not there any more, or damaged.
+        """
+        return load_results(self.path)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.load(), self.path))
+
+    def __getitem__(self, index: int) -> Any:
+        return self.load() if index in (0, -2) else (None, self.path)[index]
+
+    def __len__(self) -> int:
+        return 2
 
 
 def check_writable(target: Path, *, overwrite: bool) -> None:
@@ -160,7 +193,7 @@ def load_results(path: str | os.PathLike[str]) -> Results:
     InputError
         Not a folder of gpuem results, or a file in it is missing or damaged: which one, of which map.
     """
-    folder = Path(path)
+    folder = local_path(path)
     if not is_result(folder):
         kind = result_store.describe_unrecorded(folder)
         if kind == "alien":

@@ -30,6 +30,7 @@ from gpuem import atomic, ownership
 from gpuem.atomic import format_error
 from gpuem.engine import Job
 from gpuem.errors import InputError, OutputError
+from gpuem.redaction import redact
 from gpuem.regular_files import open_regular, read_regular
 
 # how often a process says that it is alive, in seconds
@@ -184,7 +185,7 @@ class RunFolder:
 
     def report(self, event: str, **facts: Any) -> None:
         """Add a line to the log; a disk that is full, or gone, must not end the run by this."""
-        line = json.dumps({"t": round(time.time(), 3), "event": event, **facts}, default=str).encode() + b"\n"
+        line = redact(json.dumps({"t": round(time.time(), 3), "event": event, **facts}, default=str)).encode() + b"\n"
         self._started |= event == "start"
         self._ended |= event in ("stop", "error")
         with self._writing:

@@ -20,6 +20,7 @@ from gpuem import data_sets
 from gpuem.errors import GpuemError, InputError, RecipeError
 from gpuem.formats import remote
 from gpuem.recipe import NAME, Recipe, only
+from gpuem.redaction import holds_secrets
 from gpuem.run_folder import beside
 from gpuem.slurm_parts import ASKED_AGAIN, DASK_SETTINGS, RUN_AND_WAIT, SCHEDULER, SEND_HOME, TELL, Step
 from gpuem.slurm_site import Site
@@ -126,7 +127,14 @@ def find_files(names: Sequence[str], format: str | None = None) -> tuple[str, ..
     for place in places:
         if isinstance(place, Path) and not data_sets.split(place)[1] and not place.exists():
             raise InputError(f"--array {place}: no such file")
-    return tuple(str(place) for place in data_sets.expand(places, format))
+    found = tuple(map(remote.address, data_sets.expand(places, format)))
+    for file in found:
+        if holds_secrets(file):
+            raise RecipeError(
+                f"--array {file}: a signed address, or one with a password, must not stand in a job script, which "
+                "others can read; write it into a recipe of its own ([input] path), readable for you alone"
+            )
+    return found
 
 
 def outputs(template: Path, files: Iterable[str]) -> dict[str, Path]:

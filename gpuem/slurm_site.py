@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-import tomllib
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from gpuem import messages, toml_file
 from gpuem.errors import RecipeError
+from gpuem.paths import local_path
 
 USUAL = Path("~/.config/gpuem/site.toml")
 
@@ -67,17 +67,18 @@ def load(path: Path | None = None) -> Site:
         It is named but missing, not TOML, or says something unknown: all mistakes at once.
     """
     named = path or (Path(os.environ["GPUEM_SITE"]) if os.environ.get("GPUEM_SITE") else None)
-    where = (named or USUAL).expanduser()
     try:
-        return check(tomllib.loads(where.read_text(encoding="utf-8")), str(where))
-    except FileNotFoundError:
+        where = local_path(named or USUAL)
+    except RecipeError:
+        # an account without a home folder
         if named is None:
             return Site()
-        raise RecipeError(f"{where}: no such site file; leave --site and $GPUEM_SITE away to do without") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{where}: can't be read: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{where}: not TOML: {error}") from error
+        raise
+    if not where.exists():
+        if named is None:
+            return Site()
+        raise RecipeError(f"{where}: no such site file; leave --site and $GPUEM_SITE away to do without")
+    return check(toml_file.read(where, "site file")[1], str(where))
 
 
 def check(raw: dict[str, Any], where: str) -> Site:
@@ -98,13 +99,5 @@ def check(raw: dict[str, Any], where: str) -> Site:
 
 
 def _reason(error: Any) -> str:
-    kind, loc = error["type"], error["loc"]
-    if kind == "extra_forbidden":
-        known = list((Container if loc[0] == "container" else Site).model_fields)
-        near = get_close_matches(str(loc[-1]), known, 1, 0.5)
-        return "unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
-    if kind == "missing":
-        return "is missing"
-    if kind == "literal_error":
-        return f"{error['input']!r} is not one of apptainer, pyxis"
-    return f"{error['msg']} (found {error.get('input')!r})"
+    known = (Container if error["loc"][0] == "container" else Site).model_fields
+    return messages.reason(error, list(known))

@@ -11,12 +11,15 @@ ROOT = Path(__file__).parents[1]
 SENTENCE = ["formats", "storage", "codecs", "tiles", "backends", "analyses", "engine", "result_store", "results"]
 AFTER = [
     "correction",
+    "arguments",
     "stream",
     "resident",
     "dataset",
     "region",
     "look",
+    "patterns",
     "data_sets",
+    "toml_file",
     "recipe",
     "array_files",
     "shard_records",
@@ -27,6 +30,7 @@ AFTER = [
     "executors",
     "sampling",
     "keeping",
+    "maps",
     "provenance",
     "resume",
     "synthetic_kernels",
@@ -36,11 +40,13 @@ AFTER = [
     "rank_job",
     "many",
     "selftest",
+    "pictures",
     "panels",
     "plot_strain",
     "plot_look",
     "plot_detectors",
     "plot",
+    "streams",
     "progress",
     "status",
     "timings",
@@ -55,7 +61,10 @@ AFTER = [
     "cli",
     "__main__",
 ]
-EVERYWHERE = ["errors", "axes", "atomic", "interrupts", "regular_files", "ownership", "staging"]
+EVERYWHERE = [
+    *("redaction", "errors", "messages", "paths", "axes", "atomic", "interrupts", "regular_files", "ownership"),
+    "staging",
+]
 
 
 def modules():

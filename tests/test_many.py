@@ -274,6 +274,7 @@ def test_failures_do_not_stop_the_rest(three):
 
 
 def test_an_error_that_nobody_foresaw_stops_only_its_own(three, monkeypatch, caplog):
+    caplog.set_level("DEBUG", logger="gpuem")
     run = many.job.run_asked
 
     def surprising(asked, text, **options):
@@ -283,7 +284,7 @@ def test_an_error_that_nobody_foresaw_stops_only_its_own(three, monkeypatch, cap
 
     monkeypatch.setattr(many.job, "run_asked", surprising)
     got = gpuem.run_recipes(write_recipe('path = "data/*.npy"'))
-    assert str(got["three"]) == "ZeroDivisionError: by nobody"
+    assert str(got["three"]).startswith("ZeroDivisionError: by nobody")
     check_maps(got["two"][0], three["two"])
     assert "Traceback" in caplog.text
 

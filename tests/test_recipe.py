@@ -8,6 +8,7 @@ import reference
 
 import gpuem
 from gpuem import recipe
+from gpuem.formats import remote
 
 GOOD = """
 [input]
@@ -200,7 +201,7 @@ def test_urls_stay_what_they_are(folder):
     (folder / "urls.toml").write_text(text.replace("out.zarr", "{name}.zarr"))
     asked, _ = recipe.load(folder / "urls.toml")
     alone = recipe.one_by_one(asked)
-    assert {name: str(one.input.path) for name, one in alone.items()} == {
+    assert {name: remote.address(one.input.path) for name, one in alone.items()} == {
         "b": "s3://bucket/a//b.npy",
         "data": str(folder / "data.npy"),
         "c": "https://host/c.npy?key=x",

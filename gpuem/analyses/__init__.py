@@ -8,8 +8,11 @@ them first and becomes another analysis (`Looking`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, is_dataclass
+from dataclasses import fields as dataclass_fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -18,6 +21,8 @@ from numpy.typing import NDArray
 
 from gpuem.axes import Axis
 from gpuem.backends import Sums, Weights
+from gpuem.errors import RecipeError
+from gpuem.messages import shown
 
 if TYPE_CHECKING:
     from gpuem.analyses.direct_beam import DirectBeam
@@ -107,6 +112,7 @@ class Sample:
         return measure_direct_beam(self.frames, coordinates=where)
 
 
+@runtime_checkable
 class Analysis(Protocol):
     """What the engine asks of an analysis.
 
@@ -157,3 +163,53 @@ class Looking(Protocol):
         sample : Sample
             Frames, to be left as they are: other analyses look at them too.
         """
+
+
+def listed(analyses: Any) -> list[Analysis | Looking]:
+    """What was given as analyses, as a list; one alone may stand for itself.
+
+    Raises
+    ------
+    RecipeError
+        Something isn't an analysis: a class instead of an instance, a name, an object without the methods.
+    """
+    several = isinstance(analyses, Iterable) and not isinstance(analyses, str | bytes | Mapping | Analysis | Looking)
+    found = list(analyses) if several else [analyses]
+    for one in found:
+        if isinstance(one, type):
+            raise RecipeError(f"analyses: {one.__name__} is a class; write {one.__name__}(), with its arguments")
+        if not isinstance(one, Analysis | Looking):
+            raise RecipeError(
+                f"analyses: {shown(one)} is no analysis, such as gpuem.Sum(): needed are name, weights(view) and "
+                "finish(view, sums, valid), or look(view, sample)"
+            )
+        if not isinstance(one.name, str):
+            raise RecipeError(f"analyses: {type(one).__name__}.name is {shown(one.name)}; needed is a text")
+    return found
+
+
+def fields(analysis: Any) -> dict[str, Any]:
+    """What was asked of an analysis, by name: fields of a model or of a dataclass, attributes of any other object."""
+    if hasattr(type(analysis), "model_fields"):
+        return dict(analysis)
+    if is_dataclass(analysis):
+        return {item.name: getattr(analysis, item.name) for item in dataclass_fields(analysis)}
+    own = {name: value for name, value in getattr(analysis, "__dict__", {}).items() if not name.startswith("_")}
+    return {"name": analysis.name, **own}
+
+
+def plain(value: Any) -> Any:
+    """A value of a field as JSON has it; of what JSON lacks its type, or its text where that says what it is."""
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    return f"<{getattr(value, '__qualname__', type(value).__qualname__)}>"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 from pydantic.json_schema import SkipJsonSchema
 
 from gpuem.analyses import Sample, View
 from gpuem.errors import RecipeError
+from gpuem.messages import reason, shown
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 
@@ -17,6 +18,40 @@ class Model(BaseModel):
     """Base of the analyses' schemas: unknown keys are errors, values don't change."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+
+    def __init__(self, *args: Any, **fields: Any) -> None:
+        kind = type(self).__name__
+        if args:
+            raise RecipeError(
+                f"{kind}({', '.join(map(shown, args))}): give fields by their names, {kind}(name=..., ...); "
+                f"they are {', '.join(type(self).model_fields)}"
+            )
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise RecipeError(_mistakes(type(self), error)) from None
+
+    # recipes are checked without coming through here, so that each mistake keeps its place
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValidationError:
+            raise RecipeError(
+                f"{type(self).__name__}.{name}: an analysis doesn't change; make another: "
+                f"model_copy(update={{{name!r}: ...}})"
+            ) from None
+
+
+def _mistakes(model: type[BaseModel], error: ValidationError) -> str:
+    """All mistakes of the arguments of an analysis in one line."""
+    found: dict[str, list[str]] = {}
+    for item in error.errors():
+        found.setdefault(str(item["loc"][0]) if item["loc"] else "", []).append(reason(item, list(model.model_fields)))
+    return f"{model.__name__}: " + "; ".join(
+        f"{name}: {'; or: '.join(reasons)}" if name else "; or: ".join(reasons) for name, reasons in found.items()
+    )
 
 
 Center = tuple[float, float] | Literal["auto"] | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from gpuem.backends import Sums, Weights
 from gpuem.errors import RecipeError
 from gpuem.formats.array import read_array
 
+log = logging.getLogger("gpuem")
 _FIELDS = {
     "disk": {"center", "outer", "unit"},
     "annulus": {"center", "inner", "outer", "unit"},
@@ -63,7 +65,8 @@ class VirtualDetector(Centered):
         Where sector 0 begins, in degrees from the x axis, turning from x towards y (clockwise on the screen).
     mask : path or array
         A .npy or .tif file, or an array (y, x). Booleans and 0/1 select pixels, exactly; other numbers are
-        weights, kept in single precision for pixels of up to 16 bits.
+        weights, kept in single precision for pixels of up to 16 bits. Of a mask of 0 and 255 (or another whole
+        number) alone a warning says so: programs for images write masks like that.
     """
 
     kind: Literal["virtual"] = "virtual"
@@ -174,8 +177,21 @@ def _load_mask(mask: Path | NDArray[Any], shape: tuple[int, int], name: str) -> 
         )
     if not array.any():
         raise RecipeError(f"{name}: mask {where} selects no pixel")
+    _warn_of_image(array, f"{name}: mask {where}")
     binary = array.dtype == np.bool_ or np.isin(array, (0, 1)).all()
     return array.astype(np.bool_ if binary else np.float64)
+
+
+def _warn_of_image(array: NDArray[Any], what: str) -> None:
+    """Say so where a mask holds 0 and 255, as programs for images write it: such weights are hardly meant."""
+    if array.dtype == np.bool_:
+        return
+    level = array.reshape(-1)[int(np.argmax(array != 0))]
+    if (array.dtype.kind in "ui" or level == 255) and level != 1 and np.isin(array, (0, level)).all():
+        log.warning(
+            "%s holds only 0 and %g: numbers other than 0 and 1 are weights, so each count is counted %g times. "
+            "To select pixels give 0 and 1, or booleans (mask > 0)", what, level, level,
+        )  # fmt: skip
 
 
 def disk(shape: tuple[int, int], center: tuple[float, float], outer: float, inner: float = 0.0) -> NDArray[np.bool_]:

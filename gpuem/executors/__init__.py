@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Generator, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
@@ -67,9 +66,6 @@ def crew(options: Run) -> AbstractContextManager[Crew]:
         return nullcontext(Here())
     try:
         from gpuem.executors import dask_workers
-
-        # it tells of every connection; what goes wrong with one is told in our words
-        logging.getLogger("distributed").setLevel(logging.ERROR)
     except ImportError as error:
         raise RecipeError(
             f"[run] workers and scheduler need Dask ({error}): pip install 'gpuem[dask]', "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import queue
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -20,6 +21,7 @@ from gpuem.executors import dask_shards
 from gpuem.executors.dask_shards import Answer, Farewell, Hands
 from gpuem.executors.dispatch import Task
 
+log = logging.getLogger("gpuem")
 # shards that wait at a worker while others are in work there: it must not wait for the network
 WAITING = 1
 # the scheduler answers within so many seconds, or is lost
@@ -28,8 +30,12 @@ ANSWER = 30.0
 FAREWELL = 3.0
 # workers may be away for the patience, but at least for so many seconds: they are started again
 LEAST_PATIENCE = 10.0
-# what Dask raises where a scheduler or its connection is gone
-_GONE = (OSError, TimeoutError, RuntimeError, ValueError, concurrent.futures.CancelledError, asyncio.CancelledError)
+# what Dask raises where a scheduler or its connection is gone ...
+_GONE = (OSError, TimeoutError, concurrent.futures.CancelledError, asyncio.CancelledError)
+# ... and what it may raise then, too, but so does whatever is wrong with a question
+_PERHAPS_GONE = (RuntimeError, ValueError)
+# seconds after which it is told what is waited for
+TELL = 3.0
 
 
 @dataclass(eq=False)
@@ -152,6 +158,21 @@ class Line:
             return self._begin(ask()).result()
         except _GONE as error:
             raise ResumableError(f"the Dask scheduler is lost: {words(error)}") from error
+        except _PERHAPS_GONE as error:
+            if self._answers(min(longest, FAREWELL)):
+                raise
+            raise ResumableError(f"the Dask scheduler is lost: {words(error)}") from error
+
+    def _answers(self, longest: float) -> bool:
+        """Whether the scheduler is there."""
+
+        async def ask() -> Any:
+            return await asyncio.wait_for(self.client.scheduler.identity(), longest)
+
+        try:
+            return self.client.status == "running" and bool(self._begin(ask()).result(2 * longest))
+        except (*_GONE, *_PERHAPS_GONE, AttributeError):
+            return False
 
     def _begin(self, coroutine: Coroutine[Any, Any, Any]) -> concurrent.futures.Future[Any]:
         return asyncio.run_coroutine_threadsafe(coroutine, self.client.loop.asyncio_loop)
@@ -178,14 +199,22 @@ class Line:
             self._begin(cancel())
 
     def wait_for_workers(self, wanted: int, patience: float) -> None:
-        """Wait until so many are there; raises ResumableError where they don't come."""
-        try:
-            self.client.wait_for_workers(wanted, timeout=patience)
-        except _GONE as error:
-            raise ResumableError(
-                f"{wanted} Dask worker{'s' if wanted > 1 else ''} wanted, not there after {patience:.0f} s (patience); "
-                "look at the workers' logs"
-            ) from error
+        """Wait until so many are there, and say so; raises ResumableError where they don't come."""
+        what = f"{wanted} Dask worker{'s' if wanted > 1 else ''}"
+        for longest, last in ((min(TELL, patience), False), (max(patience - TELL, 0.0), True)):
+            try:
+                self.client.wait_for_workers(wanted, timeout=longest)
+                return
+            except _PERHAPS_GONE:
+                if self._answers(FAREWELL):
+                    raise
+                raise ResumableError(f"the Dask scheduler is lost while {what} were waited for") from None
+            except _GONE as error:
+                if last:
+                    raise ResumableError(
+                        f"{what} wanted, not there after {patience:.0f} s (patience); look at the workers' logs"
+                    ) from error
+                log.info("waiting for %s, for at most %.0f s (patience)", what, patience)
 
     def refuse_strangers(self) -> None:
         """Workers with another gpuem, or none, find other results, or break later in ways that are hard to read."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+import queue
 import re
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import distributed.comm
 from distributed import Client, LocalCluster
 
 from gpuem.errors import DeviceError, RecipeError, ResumableError
 from gpuem.executors import local
 from gpuem.executors.dask_crew import DaskCrew
+from gpuem.executors.dask_line import TELL
 from gpuem.recipe import Run
 
 log = logging.getLogger("gpuem")
@@ -64,7 +69,9 @@ def crew(options: Run) -> Iterator[DaskCrew]:
     """
     with ExitStack() as stack:
         stack.enter_context(dask.config.set(SETTINGS))
-        stack.enter_context(_silent("distributed.client"))
+        # it tells of every connection; what goes wrong with one is told in our words
+        stack.enter_context(_at_level("distributed", logging.ERROR))
+        stack.enter_context(_at_level("distributed.client", logging.CRITICAL))
         if options.scheduler is not None:
             client = _connect(options.scheduler, options.patience)
         else:
@@ -75,11 +82,11 @@ def crew(options: Run) -> Iterator[DaskCrew]:
 
 
 @contextmanager
-def _silent(logger: str) -> Iterator[None]:
-    """What it warns of is dealt with here, and told in other words."""
+def _at_level(logger: str, level: int) -> Iterator[None]:
+    """Let a logger tell no less than this: what it warns of is dealt with here, and told in other words."""
     found = logging.getLogger(logger)
     before = found.level
-    found.setLevel(logging.CRITICAL)
+    found.setLevel(level)
     try:
         yield
     finally:
@@ -87,34 +94,77 @@ def _silent(logger: str) -> Iterator[None]:
 
 
 def _connect(scheduler: str, patience: float) -> Client:
-    """The connection to a scheduler, which may come up a little later than this."""
-    until, why = time.monotonic() + patience, "no such file, or none of a scheduler"
+    """The connection to a scheduler, which may come up a little later than this; what it waits for is told."""
+    began = time.monotonic()
+    until, why, told = began + patience, "", False
     while True:
         # asked again and again: a file of another time may name a scheduler that is gone
-        address = _address(scheduler)
+        address, why = _address(scheduler)
+        if not told and (address is None or time.monotonic() - began > TELL):
+            told = True
+            log.info("waiting for the Dask scheduler %s: %s; for at most %.0f s (patience)", scheduler, why, patience)
         if address is not None:
-            left = min(max(until - time.monotonic(), LEAST_PATIENCE), ATTEMPT)
+            left = min(max(until - time.monotonic(), TELL), ATTEMPT if told else TELL)
             try:
-                return Client(address, timeout=left, set_as_default=False)
-            except (OSError, TimeoutError, RuntimeError) as error:
-                why = f"{address} doesn't answer ({_reason(error)})"
+                _knock(address, left)
+                return Client(address, timeout=max(left, LEAST_PATIENCE), set_as_default=False)
             except ValueError as error:
                 raise RecipeError(f"scheduler {scheduler!r}: not an address of a Dask scheduler: {error}") from error
+            except Exception as error:  # noqa: BLE001 - what another server says may break anything in Dask
+                why = f"{address} doesn't answer as a Dask scheduler ({_reason(error)})"
         if time.monotonic() > until:
-            raise ResumableError(f"scheduler {scheduler}: {why}, for {patience:.0f} s (patience); is it running?")
+            raise ResumableError(
+                f"the Dask scheduler {scheduler}: {why}, for {patience:.0f} s (patience); is it running?"
+            )
         time.sleep(0.2)
 
 
-def _address(scheduler: str) -> str | None:
-    """Its address, as it is given or as a scheduler file says it; None where that isn't there, or only half written."""
-    if "://" in scheduler:
-        return scheduler
-    if _HOST_AND_PORT.fullmatch(scheduler) and not Path(scheduler).exists():
-        return f"tcp://{scheduler}"
+def _knock(address: str, longest: float) -> None:
+    """Raise unless a scheduler answers: a client of Dask that finds none leaves a traceback behind when it is freed."""
+    if not address.startswith("tcp://"):
+        return
+    answer: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    async def connect() -> None:
+        comm = await asyncio.wait_for(distributed.comm.connect(address, timeout=longest), longest)
+        await comm.close()
+
+    def run() -> None:
+        # in a thread: this one may have a loop of its own, as in a notebook
+        try:
+            asyncio.run(connect())
+        except BaseException as error:  # noqa: BLE001 - it is raised below
+            answer.put(error)
+        else:
+            answer.put(None)
+
+    threading.Thread(target=run, name="gpuem-knock", daemon=True).start()
     try:
-        return str(json.loads(Path(scheduler).read_text(encoding="utf-8"))["address"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        error = answer.get(timeout=2 * longest)
+    except queue.Empty:
+        raise TimeoutError(f"no answer for {longest:.0f} s") from None
+    if error is not None:
+        raise error
+
+
+def _address(scheduler: str) -> tuple[str | None, str]:
+    """Its address, as it is given or as a scheduler file says it, None where that can't be had; and why not (yet)."""
+    if "://" in scheduler:
+        return scheduler, "no answer yet"
+    if _HOST_AND_PORT.fullmatch(scheduler) and not Path(scheduler).exists():
+        return f"tcp://{scheduler}", "no answer yet"
+    try:
+        address = json.loads(Path(scheduler).read_text(encoding="utf-8"))["address"]
+        if isinstance(address, str):
+            return address, "no answer yet"
+        raise TypeError
+    except FileNotFoundError:
+        return None, "no such file"
+    except OSError as error:
+        return None, f"this file can't be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        # or one that is being written
+        return None, "this file is none of a scheduler: no JSON with an address"
 
 
 def _reason(error: BaseException) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from gpuem.errors import InputError, RecipeError
+from gpuem.errors import GpuemError, InputError, RecipeError
 from gpuem.formats.remote import Place, Url
 from gpuem.formats.source import Source
+from gpuem.messages import shown
 
 FORMATS = {
     "mib": (".mib", ".hdr"),
@@ -55,6 +58,8 @@ def read_header(
     """
     for path in paths:
         check_readable(path)
+    if format is not None and not isinstance(format, str):
+        raise RecipeError(f"format {shown(format)}: needed is a name; known: {', '.join(FORMATS)}")
     name = format or find_format(paths[0])
     if name not in FORMATS:
         near = get_close_matches(name, FORMATS, 1)
@@ -74,7 +79,16 @@ def read_header(
                 f"{paths[0]}: format {name!r} has no option {key!r} (the file itself says that); "
                 f"its options: {', '.join(k for k in allowed if k not in ('paths', 'scan', 'follow_links'))}"
             )
-    source: Source = read(paths, **options)
+    try:
+        source: Source = read(paths, **options)
+    except (GpuemError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        told = ", ".join(f"{key} = {shown(value)}" for key, value in options.items() if key != "fit")
+        raise InputError(
+            f"{paths[0]}: can't be read as {name}{f' with {told}' if told else ''} "
+            f"({type(error).__name__}: {error}); damaged, or an option doesn't fit it"
+        ) from error
     return source
 
 
@@ -93,6 +107,24 @@ def find_format(path: Place) -> str:
     )
 
 
+def _missing(path: Path) -> str:
+    """Why a path leads to nothing, and what lies near it."""
+    if path.is_symlink():
+        target = path.parent / path.readlink()
+        try:
+            target.stat()
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return "a symbolic link that leads to itself"
+        return f"a symbolic link to {target}, which isn't there"
+    try:
+        names = [p.name for p in path.parent.iterdir() if p.name != path.name]
+    except OSError:
+        return "no such file" if path.parent.is_dir() else f"no such file; there is no folder {path.parent}"
+    near = get_close_matches(path.name, names, 1)
+    return "no such file" + (f"; did you mean {near[0]}?" if near else "")
+
+
 def check_readable(path: Place) -> None:
     """Raise InputError unless `path` is a readable file with something in it."""
     if isinstance(path, Url):
@@ -108,9 +140,7 @@ def check_readable(path: Place) -> None:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
     if not there:
-        near = get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1) if path.parent.is_dir() else []
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise InputError(f"{path}: no such file{hint}")
+        raise InputError(f"{path}: {_missing(path)}")
     if path.is_dir():
         raise InputError(f"{path}: a folder, not a file")
     if path.stat().st_size == 0:

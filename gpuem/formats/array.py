@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gpuem.errors import InputError, RecipeError
 from gpuem.formats.raw import native_type, pixel_type
 from gpuem.formats.source import Box, Calls, Piece, Resident, Runs, Source
+from gpuem.messages import shown
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +44,7 @@ def describe(array: Any) -> Source:
         raise InputError("a masked array: say roi = ~array.mask for scan positions, or fill it first")
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         raise InputError(f"{type(array).__name__} is neither a data set nor an array; open a file with gpuem.open")
-    shape = tuple(int(n) for n in array.shape)
+    shape = _shape(array)
     if len(shape) < 2 or 0 in shape:
         raise InputError(f"an array of shape {shape} has no frames; (scan..., y, x) is needed")
     stored = pixel_type(np.dtype(array.dtype).str)
@@ -59,6 +60,19 @@ def describe(array: Any) -> Source:
     return Source(type(array).__name__, (), (piece,), piece.frames, frame, native_type(stored), nav)
 
 
+def _shape(array: Any) -> tuple[int, ...]:
+    """Its shape; raises InputError where that isn't known yet."""
+    try:
+        if not any(n != n for n in array.shape):
+            return tuple(int(n) for n in array.shape)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{type(array).__name__} of shape {shown(array.shape)}: no array of frames") from None
+    raise InputError(
+        f"an array of unknown shape {tuple(array.shape)} (Dask, after a choice by values): call "
+        ".compute_chunk_sizes() first, or choose positions by roi"
+    )
+
+
 def _on_device(array: Any, shape: tuple[int, ...], stored: np.dtype[Any]) -> Source:
     """A contiguous CuPy array, used where it is."""
     nav, frame = shape[:-2] or (1,), (shape[-2], shape[-1])
@@ -66,6 +80,14 @@ def _on_device(array: Any, shape: tuple[int, ...], stored: np.dtype[Any]) -> Sou
     layout = Resident(array.reshape(-1).view(np.uint8), Runs.one(0, count, nbytes, nbytes))
     piece = Piece(0, nav, layout, stored)
     return Source(type(array).__name__, (), (piece,), count, frame, native_type(stored), nav)
+
+
+def as_array(given: Any, what: str) -> NDArray[Any]:
+    """An argument as an array; raises RecipeError where it is none."""
+    try:
+        return np.asarray(given)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise RecipeError(f"{what} {shown(given)}: no array ({error})") from None
 
 
 def read_array(path: Path, what: str) -> NDArray[Any]:

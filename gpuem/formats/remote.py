@@ -22,22 +22,34 @@ from numpy.typing import NDArray
 from gpuem.errors import GpuemError, RecipeError
 from gpuem.formats import stores
 from gpuem.formats.stores import Facts
+from gpuem.messages import shown
+from gpuem.paths import local_path
+from gpuem.redaction import holds_secrets, redact
 
 # headers are small; an index of chunks is read on and on, in growing steps
 _BLOCK = 1 << 18
 _MOST_BLOCKS = 16
 _KEPT_BLOCKS = 256
+_OTHER = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+# of every signed URL that was opened in this process
+_NUMBERS: dict[str, int] = {}
 _URL = re.compile(rf"({'|'.join(stores.EXAMPLES)}):/+(?=[^/])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, order=True)
 class Url:
-    """The place of an object: ``s3://bucket/key``, ``https://host/path``; asked like a `Path`."""
+    """The place of an object: ``s3://bucket/key``, ``https://host/path``; asked like a `Path`.
+
+    `text` is the address; as a text for people and files it is without what signs it (`gpuem.redaction`).
+    """
 
     text: str
 
     def __str__(self) -> str:
-        return self.text
+        return redact(self.text)
+
+    def __repr__(self) -> str:
+        return f"Url({str(self)!r})"
 
     @property
     def name(self) -> str:
@@ -124,38 +136,33 @@ def beside(path: Place) -> list[Place]:
 
 
 def place(path: str | os.PathLike[str] | Url) -> Place:
-    """Where data lies: a path, or a URL of a known kind."""
-    if isinstance(path, Url):
-        return path
-    made = parse_place(path)
-    return made if isinstance(made, Url) else expand_home(made)
-
-
-def parse_place(path: str | os.PathLike[str]) -> Place:
-    """A path as it is written, or a URL of a known kind."""
-    text = os.fspath(path)
-    # a URL that went through a Path has lost a slash
-    found = _URL.match(text)
-    return Url(f"{found[1].lower()}://{text[found.end() :]}") if found else Path(path)
-
-
-def expand_home(path: Path, folder: Path = Path()) -> Path:
-    """Replace a leading ``~`` by the home folder, unless a file of exactly this name is in `folder`.
+    """Where data lies: a path, or a URL of a known kind.
 
     Raises
     ------
     RecipeError
-        There is no such user.
+        It is neither.
     """
-    if not str(path).startswith("~") or os.path.lexists(folder / path):
+    if isinstance(path, Url):
         return path
-    try:
-        return path.expanduser()
-    except (RuntimeError, KeyError, ValueError):
-        raise RecipeError(
-            f"{path}: no file of this name, and no user {path.parts[0][1:]!r} whose home folder it could mean; "
-            f"for a file of this name write ./{path}"
-        ) from None
+    if not isinstance(path, str | os.PathLike):
+        raise RecipeError(f"path {shown(path)}: needed is a path or a URL")
+    found = url_of(os.fspath(path))
+    if found is None and isinstance(path, str) and _OTHER.match(path) and not os.path.lexists(path):
+        raise RecipeError(f"{path}: not a URL that gpuem reads; it may begin with {', '.join(stores.EXAMPLES)}")
+    return found or local_path(path)
+
+
+def url_of(text: str) -> Url | None:
+    """A URL of a known kind; None for anything else."""
+    # a URL that went through a Path has lost a slash
+    found = _URL.match(text) if isinstance(text, str) else None
+    return Url(f"{found[1].lower()}://{text[found.end() :]}") if found else None
+
+
+def address(place: Place) -> str:
+    """Where to read: a path, or a URL with all that signs it. Not to be shown or saved."""
+    return place.text if isinstance(place, Url) else str(place)
 
 
 class Stream(io.RawIOBase):
@@ -171,8 +178,11 @@ class Stream(io.RawIOBase):
         self._next, self._step = -1, 1
 
     def __repr__(self) -> str:
-        # what h5py takes for the file's name; it must be ASCII
-        return "".join(c if c.isascii() else "".join(f"%{b:02X}" for b in c.encode()) for c in self.url.text)
+        # what h5py takes for the file's name; it must be ASCII, and tell apart what differs only in what isn't shown
+        text = "".join(c if c.isascii() else "".join(f"%{b:02X}" for b in c.encode()) for c in str(self.url))
+        if not holds_secrets(self.url.text):
+            return text
+        return f"{text} ({_NUMBERS.setdefault(self.url.text, len(_NUMBERS))})"
 
     def readable(self) -> bool:
         """Yes."""

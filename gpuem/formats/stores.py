@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpuem.errors import DataError, InputError, ReadError
+from gpuem.redaction import redact
 
 # what obstore tries by itself: 5xx, refused and dropped connections, time-outs
 RETRIES = 8
@@ -146,7 +147,7 @@ def _asked(url: str, ask: Callable[[], T], what: str) -> T:
         except (FileNotFoundError, known.NotFoundError) as error:
             if "NoSuchBucket" in str(error):
                 raise InputError(f"{url}: no such bucket; check its name{_where(url)}") from None
-            raise FileNotFoundError(2, "no such object", str(url)) from None
+            raise FileNotFoundError(2, "no such object", redact(url)) from None
         except (PermissionError, known.PermissionDeniedError, known.UnauthenticatedError) as error:
             raise InputError(f"{url}: may not be read ({_short(error)}); {_credentials(url)}") from None
         except (known.NotSupportedError, NotImplementedError) as error:
@@ -157,7 +158,7 @@ def _asked(url: str, ask: Callable[[], T], what: str) -> T:
             if attempt + 1 == ATTEMPTS or re.search(r"after [1-9]\d* retries", str(error)):
                 raise ReadError(
                     f"{url}: {what}: {_short(error)}; is the server up, the network slow? Try again"
-                ) from error
+                ) from None
         time.sleep(_WAIT_SECONDS * 2**attempt)
     raise AssertionError("unreachable")
 
@@ -233,8 +234,8 @@ def _made(root: str, process: int) -> Any:
         client["allow_http"] = True
     try:
         return from_url(root, client_options=client, retry_config=retry, **options)
-    except Exception as error:
-        raise InputError(f"{root}: {_short(error)}; {_credentials(root)}") from error
+    except Exception as error:  # noqa: BLE001 - what is raised would show the address with all that signs it
+        raise InputError(f"{root}: {_short(error)}; {_credentials(root)}") from None
 
 
 def s3_options() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from gpuem.errors import DeviceError, InputError
 from gpuem.formats import stores
+from gpuem.formats.remote import address
 from gpuem.formats.source import File
 from gpuem.storage.gds_errors import words
 
@@ -61,7 +62,7 @@ def choose(asked: str, files: tuple[File, ...]) -> tuple[str, str]:
 
 def open_file(file: File, kvikio: Any) -> Handle:
     """Open a remote file; raises InputError where kvikio can't."""
-    url = str(file.path)
+    url = address(file.path)
     try:
         if url.startswith("s3:"):
             root, key, _ = stores.parts(url)
@@ -69,7 +70,7 @@ def open_file(file: File, kvikio: Any) -> Handle:
         else:
             remote = kvikio.RemoteFile.open_http(url, nbytes=file.size)
     except (RuntimeError, OSError, ValueError, TypeError) as error:
-        raise InputError(f'{url}: kvikio can\'t open it: {words(error)}; try transfer = "pinned"') from error
+        raise InputError(f'{url}: kvikio can\'t open it: {words(error)}; try transfer = "pinned"') from None
     return Handle(remote)
 
 

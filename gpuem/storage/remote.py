@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from gpuem.errors import GpuemError
 from gpuem.formats import stores
+from gpuem.formats.remote import address
 from gpuem.formats.source import File
 
 # between two ranges, so much is fetched along rather than asked for apart
@@ -186,7 +187,7 @@ class Ahead:
     def _fetch(self, k: int, start: int, stop: int) -> NDArray[np.uint8]:
         file = self.files[k]
         known = stores.Facts(file.size, file.mtime_ns, file.etag)
-        return stores.fetch(str(file.path), start, stop, known)
+        return stores.fetch(address(file.path), start, stop, known)
 
     def _drop(self, piece: _Piece) -> None:
         key = piece.file, piece.start
