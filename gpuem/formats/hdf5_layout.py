@@ -177,7 +177,8 @@ def beside(dset: Any, name: str) -> Place:
     """A file that an HDF5 file names, looked for beside it first, else as HDF5 does; it may be missing.
 
     HDF5 takes the last part of an absolute name that leads nowhere, the working directory, and the folder that a
-    symbolic link leads to; for sources of virtual datasets the folders in HDF5_VDS_PREFIX before all others.
+    symbolic link leads to; for sources of virtual datasets the folders in HDF5_VDS_PREFIX before all others. From the
+    working directory only what lies with the file is taken: another file of that name may be of other data.
     """
     folder = _path(dset).parent
     if isinstance(folder, Url):
@@ -186,5 +187,6 @@ def beside(dset: Any, name: str) -> Place:
     prefixes = os.environ.get("HDF5_VDS_PREFIX", "").split(os.pathsep) if getattr(dset, "is_virtual", False) else []
     places = [Path(prefix.replace("${ORIGIN}", str(folder))) / short for prefix in prefixes if prefix]
     places = [*places, folder / name] if short == name else [folder / name, *places, folder / short]
-    places += [Path(short), (folder / _path(dset).name).resolve().parent / short]
+    real = (folder / _path(dset).name).resolve().parent
+    places += [real / short, *([Path(short)] if Path(short).resolve().is_relative_to(folder.resolve()) else [])]
     return next((place for place in places if place.exists()), folder / name)
