@@ -426,6 +426,24 @@ def test_sources_in_the_file_itself_and_where_hdf5_looks_for_them(tmp_path, monk
     np.testing.assert_array_equal(gpuem.open(tmp_path / "all.h5", dataset="data")[3:], data[3:] + 1)
 
 
+def test_a_file_of_the_same_name_in_the_working_directory_is_another_one(tmp_path, monkeypatch):
+    data = counts((6, 16, 20))
+    folder = tmp_path / "scan"
+    folder.mkdir()
+    layout = h5py.VirtualLayout(data.shape, "<u2")
+    layout[:3], layout[3:] = source(folder / "a.h5", data[:3]), source(folder / "b.h5", data[3:])
+    path = write(folder / "all.h5", layout)
+    monkeypatch.chdir(tmp_path)
+    (folder / "b.h5").rename(tmp_path / "b.h5")
+    with pytest.raises(InputError, match=r"scan/b\.h5, which is missing"):
+        gpuem.open(path)
+    # a name as seen from the working directory leads to a file that lies with the data
+    layout[3:] = h5py.VirtualSource("scan/b.h5", "data", (3, 16, 20))
+    path = write(folder / "all.h5", layout)
+    (tmp_path / "b.h5").rename(folder / "b.h5")
+    np.testing.assert_array_equal(gpuem.open(path)[...], data)
+
+
 def test_many_files_of_modules_are_few_pieces(tmp_path):
     """Files that end at other frames in every module, with chunks across these ends."""
     data = counts((40, 16, 20))

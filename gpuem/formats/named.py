@@ -77,7 +77,7 @@ def find(owner: Place, name: str, *, virtual: bool = False) -> Place:
 
     It is looked for as HDF5 does: at its whole path or, where nothing is there, by its name alone; sources of virtual
     data sets in the folders of HDF5_VDS_PREFIX; beside the owner; beside the file that the owner is a symbolic link
-    to. Not from the working directory, where a file of the same name may be of other data.
+    to; from the working directory only what lies with the owner: another file of that name may be of other data.
     """
     if isinstance(owner, Url):
         if "://" in name:
@@ -87,7 +87,8 @@ def find(owner: Place, name: str, *, virtual: bool = False) -> Place:
     given = Path(name)
     prefixed = _prefixed(owner, name) if virtual else []
     near = [folder / _short(name) for folder in _folders(owner)]
-    places = [given, *prefixed, *near] if given.is_absolute() else [*prefixed, *near]
+    here = [given] if Path(os.path.realpath(given)).is_relative_to(os.path.realpath(owner.parent)) else []
+    places = [given, *prefixed, *near] if given.is_absolute() else [*prefixed, *near, *here]
     return next((path for path in places if path.exists()), given if given.is_absolute() else near[0])
 
 
