@@ -59,10 +59,10 @@ def finish(view: View, analyses: Sequence[Analysis], job: Job, totals: Totals) -
         for name, item in found.items():
             maps[f"{analysis.name}/{name}" if name else analysis.name] = item
     if len(failed) == len(analyses):
-        first, why = next(iter(failed.items()))
-        if isinstance(why, GpuemError):
-            raise why
-        raise GpuemError(f"{first}: its maps could not be made: {_words(why)}") from why
+        first, cause = next(iter(failed.items()))
+        if isinstance(cause, GpuemError):
+            raise cause
+        raise GpuemError(f"{first}: its maps could not be made: {_words(cause)}") from cause
     valid = totals.valid.reshape(view.scan_shape)
     maps["valid"] = Map(valid, view.scan, "", "a frame was read at this scan position")
     return maps, {name: _words(error) for name, error in failed.items()}
