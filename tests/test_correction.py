@@ -318,17 +318,19 @@ def test_the_plan_counts_what_a_corrected_run_holds(stored, frame):
     dead = np.zeros(frame, bool)
     dead[10:40, 10:40] = True
     ds = plain.corrected(np.zeros(frame), np.ones(frame), dead)
+    # without a sample beforehand
+    com = gpuem.CenterOfMass(compatible="libertem")
     asked = recipe.run_section(threads=1, memory="4 GB")
-    alone, plan = (job.prepare(one, [gpuem.CenterOfMass()], asked).plan for one in (plain, ds))
+    alone, plan = (job.prepare(one, [com], asked).plan for one in (plain, ds))
     tables = ds.source.correction.nbytes
     assert plan.nbytes["correction"] == tables
     # whole tiles are planned where they are smaller than what is corrected at once
     extra = plan.total_nbytes - alone.total_nbytes - tables
     assert 0 < extra <= max(tiles.CORRECTED_NBYTES, 4 * ds.source.corrected_nbytes)
-    gpuem.run(ds, [gpuem.CenterOfMass()], threads=1, memory="4 GB")
+    gpuem.run(ds, [com], threads=1, memory="4 GB")
     tracemalloc.start()
     try:
-        gpuem.run(ds, [gpuem.CenterOfMass()], threads=1, memory="4 GB")
+        gpuem.run(ds, [com], threads=1, memory="4 GB")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

@@ -197,7 +197,9 @@ class _Band:
         """The disk, and how its centre follows the pixels."""
         residual, _, design = self.solve(p)
         try:
-            weights: Array = np.linalg.solve(self._normal(design), (design * self.weight[:, None]).T)[:2]
+            weights: Array = np.asarray(
+                np.linalg.solve(self._normal(design), (design * self.weight[:, None]).T)[:2], np.float64
+            )
             halves = np.zeros((2, *weights.shape))
             for k in range(2):
                 use = (self.y + self.x) % 2 == k
@@ -275,7 +277,7 @@ def fit_mass(mean: Array, good: Mask, center: Pair, radius: float) -> Fit | None
     y, x = np.mgrid[: mean.shape[0], : mean.shape[1]]
     lever = np.stack([(y - at[0])[use], (x - at[1])[use]]) * window[use]
     try:
-        weights: Array = -np.linalg.solve(slope, lever)
+        weights: Array = np.asarray(-np.linalg.solve(slope, lever), np.float64)
     except np.linalg.LinAlgError:
         return None
     if not (np.linalg.eigvalsh(-(slope + slope.T) / 2) > 0.2 * total).all():

@@ -45,7 +45,7 @@ FEW = 16
 FINEST = 0.002
 """No centre is said to be better known than this, in px: pixels are not points."""
 
-_BLOCK = 1 << 24
+_BLOCK = 1 << 22
 """Bytes of frames in double precision at once."""
 
 _GIVE = "give center = [y, x] (px)"

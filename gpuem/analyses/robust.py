@@ -33,7 +33,7 @@ def dark_noise(frames: NDArray[np.generic]) -> float:
     if len(frames) < 2:
         return 0.0
     flat = frames.reshape(len(frames), -1)
-    step = max(1, (1 << 21) // len(frames))
+    step = max(1, (1 << 17) // len(frames))
     variance = np.concatenate([
         (np.diff(flat[:, k : k + step].astype(np.float64), axis=0) ** 2).mean(axis=0) / 2
         for k in range(0, flat.shape[1], step)
