@@ -39,7 +39,9 @@ def assist(path: str | os.PathLike[str], rank: ranks.Rank, **changes: Any) -> No
         ds = job.open_input(asked)
         try:
             wanted = region(ds.scan_shape, asked.input.roi)
-            looked = prepared.load(folder, asked.analysis, job.view_of(ds), lambda some: job.look(ds, some, wanted))
+            looked = prepared.load(
+                folder, asked.analysis, sampling.view_of(ds), lambda some: sampling.look(ds, some, wanted)
+            )
             mine = job.prepare(ds, looked, asked.run, asked.input.roi)
         except InputError:
             if ranks.wait_for_launch(folder, rank, asked.run.patience):

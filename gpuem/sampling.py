@@ -14,6 +14,7 @@ from gpuem import look as reading
 from gpuem import tiles
 from gpuem.analyses import Analysis, Looking, Sample, View
 from gpuem.analyses.direct_beam import DirectBeam, measure_direct_beam
+from gpuem.analyses.model import Centered
 from gpuem.dataset import Dataset
 from gpuem.errors import DataError, GpuemError, PlanError
 from gpuem.executors.memory import available_memory
@@ -103,7 +104,7 @@ def look(
     if most and seen is None:
         seen = take(ds, wanted, most, memory)
         log.info("look: %d frames, spread over the scan", seen.positions.size)
-    if most and seen is not None and any(getattr(analysis, "center", None) == "auto" for analysis in analyses):
+    if most and seen is not None and any(isinstance(one, Centered) and one.center == "auto" for one in analyses):
         log.info("%s", seen.direct_beam.describe())
     resolved: list[Any] = []
     for analysis in analyses:

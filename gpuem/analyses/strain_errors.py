@@ -16,6 +16,7 @@ everywhere moves all frames alike, a gradient that is well seen needs no prior) 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,7 +78,7 @@ def strain_errors(model: Model, sample: Sample) -> StrainErrors:
         Frames that show the lattice; at most `FRAMES` of them are used, evenly spread.
     """
     count = len(sample.frames)
-    chosen = np.unique(np.linspace(0, count - 1, min(count, FRAMES)).round().astype(int)) if count else []
+    chosen = np.unique(np.linspace(0, max(count - 1, 0), min(count, FRAMES)).round().astype(int))
     some = Sample(sample.frames[chosen], sample.positions[chosen])
     fitted = _fitted(model, some.frames, some.positions)
     variance = fitted[:, SIGMAS : SIGMAS + 4] ** 2
@@ -100,7 +101,8 @@ def _common(first: Array, second: Array) -> Array:
     known = np.isfinite(first + second).all(axis=1)
     if known.sum() < ENOUGH:
         return np.zeros(4)
-    return np.maximum((_cut(first[known]) * _cut(second[known])).sum(axis=0) / (known.sum() - 1), 0.0)
+    covariance = (_cut(first[known]) * _cut(second[known])).sum(axis=0) / (known.sum() - 1)
+    return np.asarray(np.maximum(covariance, 0.0), np.float64)
 
 
 def _cut(values: Array) -> Array:
@@ -120,7 +122,7 @@ def _other_assumptions(model: Model) -> list[Model]:
     return [replace(model, insides=flat), replace(model, priors=priors)]
 
 
-def _halves(model: Model, frames: NDArray[np.generic]) -> tuple[list[NDArray[np.float32]], Model]:
+def _halves(model: Model, frames: NDArray[Any]) -> tuple[list[NDArray[Any]], Model]:
     """Frames split into two parts of half the counts and independent noise, and the model for these."""
     # the same sample gives the same maps, whichever process looks at it
     rng = np.random.default_rng(0)
@@ -134,17 +136,17 @@ def _halves(model: Model, frames: NDArray[np.generic]) -> tuple[list[NDArray[np.
         # a normal variable splits into independent ones by noise of its own variance
         spread = np.sqrt(model.gain * np.maximum(values, 0.0) + model.read**2)
         first = 0.5 * (values + spread * rng.standard_normal(values.shape))
-    # a saturated pixel stays one
-    full = np.where(usable, 0.0, np.inf) if np.isfinite(model.saturation) else np.zeros(1)
     priors = model.priors.copy()
     priors[:, BACKGROUND] /= 2
     priors[:, BACKGROUND_PRECISION] *= 4
     read = model.read if counted else model.read / np.sqrt(2)
-    halves = [(half + full).astype(np.float32) for half in (first, values - first)]
+    # saturated pixels stay as they are; the type too where it can, for which the fit is compiled anyway
+    kept = frames.dtype if counted or frames.dtype.kind == "f" else np.dtype(np.float32)
+    halves = [np.where(usable, half, frames).astype(kept) for half in (first, values - first)]
     return halves, replace(model, priors=priors, read=read)
 
 
-def _strains(model: Model, frames: NDArray[np.float32], positions: NDArray[np.int64]) -> Array:
+def _strains(model: Model, frames: NDArray[Any], positions: NDArray[np.int64]) -> Array:
     """Strain and rotation (n, 4) of frames against the lattice that the fit starts from; NaN where there is none."""
     rows = _fitted(model, frames, positions)
     out = np.full((len(rows), 4), np.nan)
@@ -156,7 +158,7 @@ def _strains(model: Model, frames: NDArray[np.float32], positions: NDArray[np.in
     return out
 
 
-def _fitted(model: Model, frames: NDArray[np.generic], positions: NDArray[np.int64]) -> Array:
+def _fitted(model: Model, frames: NDArray[Any], positions: NDArray[np.int64]) -> Array:
     """Rows of the fit (n, columns)."""
     height, width = frames.shape[1:]
     starts = np.arange(len(frames), dtype=np.int64) * (height * width)

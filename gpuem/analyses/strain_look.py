@@ -43,6 +43,8 @@ UNUSUAL, LEAST_CHI2 = 4.0, 4.0
 STRANGE = 8.0
 # a lattice that explains less than this part of what the best one does is chance among noise
 CHANCE = 0.8
+# a frame whose vectors differ from those of most by this part of their length isn't that lattice
+WRONG = 0.1
 # a lattice that was given and has less than this part of its disks may be a wrong one
 FEW_FOUND = 0.6
 # part of the rims of disks that must be free of neighbours
@@ -342,7 +344,9 @@ def _measured_lattices(
         mine = rows[np.isfinite(rows[:, 0]) & (rows[:, 13] == grain), :6]
         if len(mine) == 0:
             continue
-        lattices[grain] = np.median(mine, axis=0)
+        # the mean, as it lies over the mean pattern; a frame that went wrong must not move it
+        off = np.abs(mine - np.median(mine, axis=0))[:, 2:].max(axis=1)
+        lattices[grain] = mine[off <= WRONG * model.spacing].mean(axis=0)
         if asked.center is not None:
             lattices[grain, :2] = model.lattices[grain, :2]
         center, a, b = ((float(v[0]), float(v[1])) for v in lattices[grain].reshape(3, 2))
