@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gpuem import identity, job, prepared, recipe, run_folder
+from gpuem import identity, job, prepared, recipe, run_folder, sampling
 from gpuem.errors import InputError
 from gpuem.executors import ranks
 from gpuem.region import region

@@ -57,8 +57,7 @@ def look(asked: Strain, view: View, sample: Sample) -> StrainFit:
     """Find in the sample what wasn't given."""
     good = good_pixels(asked, view.frame_shape)
     region, reference = reference_of(asked, view.scan_shape, sample.wanted)
-    # wide enough for sums of any pixels
-    mean = sample.frames.mean(axis=0, dtype=np.float64)
+    mean = sample.mean
     good = without_defects(asked, mean, good, len(sample.frames))
     probe, disk = probe_of(asked, sample, mean, good)
     lattices = _lattices(asked, sample, probe, good)
