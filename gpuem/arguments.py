@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpuem.errors import RecipeError
-from gpuem.formats.remote import Place
+from gpuem.formats.remote import Place, Url, place
 from gpuem.formats.source import Copy
 from gpuem.messages import nearest, shown
 from gpuem.paths import local_path
@@ -18,6 +19,16 @@ from gpuem.paths import local_path
 # a scan of 32768 x 32768; every position costs memory before the first frame is read
 MOST_POSITIONS = 1 << 30
 _CALIBRATION = ("scan_step", "scan_unit", "detector_step", "detector_unit")
+
+
+def paths(path: Any) -> tuple[Place, ...]:
+    """Paths and URLs of one data set, as they are given; raises RecipeError unless they can be."""
+    if not isinstance(path, str | os.PathLike | Url | Sequence):
+        raise RecipeError(f"path {shown(path)}: needed is a path or a URL, or a list of them; of an array: gpuem.run")
+    found = tuple(place(p) for p in ([path] if isinstance(path, str | os.PathLike | Url) else path))
+    if not found:
+        raise RecipeError("path: no file is given")
+    return found
 
 
 def scan_shape(path: Place, scan: Any) -> tuple[int, ...] | None:

@@ -19,7 +19,7 @@ from gpuem.correction import Dead, Image
 from gpuem.engine import describe
 from gpuem.errors import DataError, InputError, PlanError, PositionError, RecipeError
 from gpuem.formats import array, read_header
-from gpuem.formats.remote import Url, place
+from gpuem.formats.remote import Url
 from gpuem.formats.source import Source
 from gpuem.messages import shown
 from gpuem.storage.host import Files
@@ -254,11 +254,7 @@ def open(  # noqa: A001
     RecipeError
         An option is unknown or impossible.
     """
-    if not isinstance(path, str | os.PathLike | Url | Sequence):
-        raise RecipeError(f"path {shown(path)}: needed is a path or a URL, or a list of them; of an array: gpuem.run")
-    paths = tuple(place(p) for p in ([path] if isinstance(path, str | os.PathLike | Url) else path))
-    if not paths:
-        raise RecipeError("path: no file is given")
+    paths = arguments.paths(path)
     scan, skip = arguments.scan_shape(paths[0], scan), arguments.whole("skip", skip)
     options = {key: value for key, value in {**options, "fit": fit or None}.items() if value is not None}
     source = read_header(paths, format, scan, follow_links=follow_links, **options)
