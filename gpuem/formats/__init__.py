@@ -56,17 +56,7 @@ def read_header(
     InputError
         A file is missing, empty, alien or truncated.
     """
-    for path in paths:
-        check_readable(path)
-    if format is not None and not isinstance(format, str):
-        raise RecipeError(f"format {shown(format)}: needed is a name; known: {', '.join(FORMATS)}")
-    name = format or find_format(paths[0])
-    if name not in FORMATS:
-        near = get_close_matches(name, FORMATS, 1)
-        raise RecipeError(f"format {name!r} is unknown; {f'did you mean {near[0]!r}? ' if near else ''}"
-                          f"known: {', '.join(FORMATS)}")  # fmt: skip
-    if len(paths) > 1 and name not in SEVERAL:
-        raise RecipeError(f"{paths[0]} and {len(paths) - 1} more: {name} files are read one at a time")
+    name = _name_of_format(paths, format)
     read = import_module(f"gpuem.formats.{name}").read_header
     allowed = inspect.signature(read).parameters
     if scan is not None and "scan" in allowed:
@@ -90,6 +80,22 @@ def read_header(
             f"({type(error).__name__}: {error}); damaged, or an option doesn't fit it"
         ) from error
     return source
+
+
+def _name_of_format(paths: tuple[Place, ...], given: str | None) -> str:
+    """The format of files that can be read; raises RecipeError or InputError where it can't be."""
+    for path in paths:
+        check_readable(path)
+    if given is not None and not isinstance(given, str):
+        raise RecipeError(f"format {shown(given)}: needed is a name; known: {', '.join(FORMATS)}")
+    name = given or find_format(paths[0])
+    if name not in FORMATS:
+        near = get_close_matches(name, FORMATS, 1)
+        raise RecipeError(f"format {name!r} is unknown; {f'did you mean {near[0]!r}? ' if near else ''}"
+                          f"known: {', '.join(FORMATS)}")  # fmt: skip
+    if len(paths) > 1 and name not in SEVERAL:
+        raise RecipeError(f"{paths[0]} and {len(paths) - 1} more: {name} files are read one at a time")
+    return name
 
 
 def find_format(path: Place) -> str:
