@@ -31,6 +31,8 @@ FORMAT, VERSION = "gpuem files", 1
 PICTURE = "gpuem picture"
 _RECORD = re.compile(r"\.gpuem-files(-[0-9]+)?\.json")
 _NUMBER = re.compile(r"-[0-9]+(?=\.|$)")
+# what a process of a run creates and removes again
+_TRANSIENT = re.compile(r"(lock|alive)(-[0-9]+)?")
 _ID = re.compile(r"[0-9a-f]{32}")
 # a record of more than this was written by somebody else
 _MOST_NBYTES = 1 << 20
@@ -179,12 +181,17 @@ def _forget_missing(folder: Path) -> None:
         if known is None:
             continue
         left = {name for name in known if name == "./" or os.path.lexists(folder / name.rstrip("/"))}
+        # another process may be about to create these anew, and needs no room on a full disk for that
+        transient = {name for name in known if _TRANSIENT.fullmatch(name)}
         if left <= {"./"}:
             path.unlink(missing_ok=True)
-        elif left != known:
-            # what can't be written stays as it was: it names more than is there
-            with contextlib.suppress(OutputError):
-                _write(path, left)
+            continue
+        left |= transient
+        if left == known:
+            continue
+        # what can't be written stays as it was: it names more than is there
+        with contextlib.suppress(OutputError):
+            _write(path, left)
 
 
 def remove_others(folder: Path, names: Iterable[str]) -> None:

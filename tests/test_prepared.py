@@ -89,7 +89,7 @@ def test_what_was_not_given_comes_back_too(crystal, tmp_path):
 
 def test_files_hold_no_objects(crystal, tmp_path):
     round_trip(crystal, [gpuem.Strain()], tmp_path)
-    assert sorted(os.listdir(tmp_path)) == ["prepared.json", "prepared.npz"]
+    assert sorted(os.listdir(tmp_path)) == [".gpuem-files.json", "prepared.json", "prepared.npz"]
     with np.load(tmp_path / "prepared.npz", allow_pickle=False) as file:
         assert all(not file[name].dtype.hasobject for name in file.files)
 
