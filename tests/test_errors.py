@@ -167,7 +167,7 @@ def test_links_that_lead_nowhere():
     [
         (f"name = {'9' * 5000}", "digits"),
         (f"name = {'9' * 30}", "100 bits"),
-        (f"name = {'[' * 3000}{']' * 3000}", "brackets within brackets"),
+        (f"name = {'[' * 800}{']' * 3000}", "brackets within brackets"),
         (f"name = {'[' * 200}{']' * 200}", "deeper than 50"),
         ("[" + ".".join("a" * 1500) + "]", "deeper than 50"),
         ("name = 1979-05-27", "valid string"),
@@ -300,7 +300,7 @@ def run_odd_recipe(raw):
     job.begin(ds, asked.analysis, asked.run, asked.input.roi)
 
 
-SLOW = [pytest.param(40), pytest.param(3000, marks=pytest.mark.slow)]
+SLOW = [pytest.param(40), pytest.param(800, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("examples", SLOW)

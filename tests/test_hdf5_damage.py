@@ -248,8 +248,8 @@ def test_damaged_files_end_in_errors_of_gpuem(tmp_path):
 
 
 @pytest.mark.slow
-def test_thousands_of_damaged_files_end_in_errors_of_gpuem(tmp_path):
-    surviving(4000, 12, tmp_path)
+def test_many_more_damaged_files_end_in_errors_of_gpuem(tmp_path):
+    surviving(1500, 12, tmp_path)
 
 
 def test_a_filter_of_elements_without_a_size(tmp_path):
