@@ -137,7 +137,7 @@ def run(ds, resolved, who, folder=None, progress: Callable[[int], None] | None =
     else:
         with RunFolder(folder) as kept:
             kept.clear()
-            kept.describe(ds.source.frame_nbytes, made, {})
+            kept.describe(ds.source.frame_nbytes, made, {}, None)
             totals = keeping.run(made, who.crew, kept, progress)
     maps, _ = job.finish(job.view_of(ds), resolved, made, totals)
     seconds, own = time.perf_counter() - started, time.process_time() - own

@@ -47,6 +47,13 @@ def scan_shape(path: Place, scan: Any) -> tuple[int, ...] | None:
     return shape
 
 
+def copies(given: Any) -> tuple[Copy, ...]:
+    """Machines that have the files, too."""
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
+        raise RecipeError(f"copies {shown(given)}: needed is a list of dictionaries")
+    return tuple(map(copy, given))
+
+
 def copy(given: Any) -> Copy:
     """One of `copies`."""
     keys = dict(given) if isinstance(given, Mapping) else {}

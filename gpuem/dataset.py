@@ -258,8 +258,8 @@ def open(  # noqa: A001
     scan, skip = arguments.scan_shape(paths[0], scan), arguments.whole("skip", skip)
     options = {key: value for key, value in {**options, "fit": fit or None}.items() if value is not None}
     source = read_header(paths, format, scan, follow_links=follow_links, **options)
-    if copies:
-        source = replace(source, copies=tuple(map(arguments.copy, copies)))
+    if copies != ():
+        source = replace(source, copies=arguments.copies(copies))
     return arrange(source, scan, skip, fit, calibration)
 
 

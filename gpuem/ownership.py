@@ -31,8 +31,9 @@ FORMAT, VERSION = "gpuem files", 1
 PICTURE = "gpuem picture"
 _RECORD = re.compile(r"\.gpuem-files(-[0-9]+)?\.json")
 _NUMBER = re.compile(r"-[0-9]+(?=\.|$)")
-# what a process of a run creates and removes again
+# what a process of a run creates and removes again, and what ranks are about to create
 _TRANSIENT = re.compile(r"(lock|alive)(-[0-9]+)?")
+_PLANNED = re.compile(r"claim-(x[0-9a-f]{12}|of)\.[0-9]+")
 _ID = re.compile(r"[0-9a-f]{32}")
 # a record of more than this was written by somebody else
 _MOST_NBYTES = 1 << 20
@@ -165,7 +166,7 @@ def remove(folder: Path, *patterns: str) -> None:
         if all(is_folder(folder / part) for part in _parents(name)):
             with contextlib.suppress(OSError):
                 (folder / name).rmdir()
-    _forget_missing(folder)
+    _forget_missing(folder, patterns)
     if removed:
         with contextlib.suppress(OSError):
             atomic.sync_folder(folder)
@@ -174,7 +175,7 @@ def remove(folder: Path, *patterns: str) -> None:
             folder.rmdir()
 
 
-def _forget_missing(folder: Path) -> None:
+def _forget_missing(folder: Path, patterns: Iterable[str]) -> None:
     """Take names off the records whose files are gone; remove records that name nothing any more."""
     for path in _records(folder):
         known = read_record(path)
@@ -182,7 +183,11 @@ def _forget_missing(folder: Path) -> None:
             continue
         left = {name for name in known if name == "./" or os.path.lexists(folder / name.rstrip("/"))}
         # another process may be about to create these anew, and needs no room on a full disk for that
-        transient = {name for name in known if _TRANSIENT.fullmatch(name)}
+        transient = {
+            name
+            for name in known
+            if _TRANSIENT.fullmatch(name) or (_PLANNED.fullmatch(name) and not _fits(name, patterns))
+        }
         if left <= {"./"}:
             path.unlink(missing_ok=True)
             continue

@@ -40,7 +40,7 @@ _PREPARED = ("prepared.json", "prepared.npz", "looked.pkl")
 # all that a run leaves in its folder, beside finished shards
 _LASTING = (
     *("run.json", *_PREPARED, "launch.json", "events.jsonl", "events-[0-9]*.jsonl"),
-    *("alive", "alive-[0-9]*", "rank-[0-9]*", "claims/*"),
+    *("alive", "alive-[0-9]*", "rank-[0-9]*"),
 )
 # all that lies with finished shards
 _STORED = ("masks.npy", "images.npy", "moments.npy", "fit-[0-9]*.npy", "*.bin", "*.jsonl")
@@ -172,7 +172,7 @@ class RunFolder:
             if mine:
                 ownership.remove(self.path, self._alive.name)
             if nothing:
-                self._remove(*_LASTING, "timeline.png")
+                self._remove(*_LASTING, "claim-*", "timeline.png")
                 self._remove_locks()
         with contextlib.suppress(OSError):
             # while it is held: others compare what they lock with what lies there
@@ -227,7 +227,7 @@ class RunFolder:
         # what says how to go on first: whatever stops this, nothing half removed is taken for a run
         patterns = (
             *("run.json", *_PREPARED, "events.jsonl", "events-[0-9]*.jsonl"),
-            *("rank-[0-9]*", "launch.json", "claims/*"),
+            *("rank-[0-9]*", "launch.json", "claim-*"),
         )
         with self._writing:
             try:
@@ -248,7 +248,7 @@ class RunFolder:
             return
         with contextlib.suppress(OSError, OutputError):
             say_over(self.path)
-            self._remove(*_PREPARED, "rank-[0-9]*", "claims/*")
+            self._remove(*_PREPARED, "rank-[0-9]*", "claim-*")
             self._remove_locks()
             # emptied by somebody, and thus removed here
             self._gone = not self.path.exists()

@@ -170,8 +170,10 @@ def wait_for(condition, process, seconds=120.0):
 
 def kept(folder):
     """How many shards a run has finished so far."""
-    file = folder / "store" / "done.jsonl"
-    return file.read_bytes().count(b"\n") if file.exists() else 0
+    store = folder / "store"
+    # those that are not synced yet stand in a list of their own
+    files = [store / name for name in ("done.jsonl", "pending.jsonl")]
+    return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ def test_check_and_previews_draw_detectors_over_the_mean_pattern(tmp_path, capsy
         '[[analysis]]\nkind = "com"\ncenter = [28, 20]\nradius = 10\n'
         '[[analysis]]\nkind = "sum"\n[output]\npath = "r.zarr"\n'
     )
-    check_one(load_one(recipe)[0])
+    check_one(load_one(recipe)[0], recipe)
     said = capsys.readouterr().out
     assert "direct beam      at (28." in said
     assert "adf              annulus, centre (23.50, 27.50) px, geometric, inner 9.00 px, outer 20.00 px" in said

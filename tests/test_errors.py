@@ -86,7 +86,7 @@ def refused(call, *words, kind=GpuemError):
         (lambda: gpuem.run_recipe("r.toml", imput="x"), "unknown"),
         (lambda: gpuem.run_recipes("r.toml", scheduler=3), "scheduler 3"),
         (lambda: gpuem.run(ONES, gpuem.Sum()).save("a" * 300), "too long"),
-        (lambda: gpuem.run(ONES, gpuem.Sum()).save("/"), "/: "),
+        (lambda: gpuem.run(ONES, gpuem.Sum()).save("/"), "not a name"),
     ],
 )  # fmt: skip
 def test_mistakes_in_python(call, words):

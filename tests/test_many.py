@@ -595,7 +595,7 @@ def test_the_exit_code_says_try_again_where_that_helps(three, monkeypatch, becom
         return run(asked, text, **options)
 
     monkeypatch.setattr(many.job, "run_asked", ending)
-    monkeypatch.setattr(cli.signal, "signal", lambda *ignored: None)
+    monkeypatch.setattr(cli.interrupts, "install", lambda: None)
     ended = 0
     try:
         cli._run_many(many.load(path), overwrite=False, resume=False)

@@ -164,7 +164,9 @@ def test_previews_of_a_run_with_strain(tmp_path):
     maps["adf"] = Map(np.ones((12, 16)), maps["valid"].axes, "counts", "")
     written = plot.save_previews(Results(maps), tmp_path)
     assert sorted(path.name for path in written) == ["adf.png", "grain.png", "grain_quality.png"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adf.png", "grain.png", "grain_quality.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(".gpuem-files.json", "adf.png", "grain.png", "grain_quality.png")
+    ]
 
 
 def test_ranges():

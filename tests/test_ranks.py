@@ -118,8 +118,8 @@ def until(found, seconds=60):
 
 def kept(store):
     """How many finished shards lie in a store."""
-    path = Path("out/scan.run") / store / "done.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    files = [Path("out/scan.run") / store / name for name in ("done.jsonl", "pending.jsonl")]
+    return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
 
 
 def pids():
@@ -319,6 +319,7 @@ def test_finished_lines_are_not_read_again_and_again(site, monkeypatch):
     # by rank 1, all of them, before rank 0 begins
     made = job.prepare(gpuem.open("data.npy"), [gpuem.Sum()], recipe.run_section(device="cpu", threads=1))
     folder = Path("run")
+    Claims(folder, "x", 0, 2, SHARDS).begin()
     with RunFolder(folder, rank=1) as kept:
         ranks.assist(made, Rank(1, 2, "x"), kept)
     looks = []
@@ -348,6 +349,7 @@ def test_every_batch_is_taken_once_by_threads_at_once(tmp_path, monkeypatch, lin
     if not links:
         monkeypatch.setattr(Path, "hardlink_to", refuse_links)
     all_claims = [Claims(tmp_path, "job", rank, 8, 500) for rank in range(8)]
+    all_claims[0].begin()
     taken = [[] for _ in all_claims]
     start = threading.Barrier(8)
 
@@ -366,8 +368,9 @@ def test_every_batch_is_taken_once_by_threads_at_once(tmp_path, monkeypatch, lin
     assert owners == {shard: rank for rank, shards in enumerate(taken) for shard in shards}
     # of another launch, and what was left of one
     assert Claims(tmp_path, "another", 0, 8, 500).owners() == {}
-    all_claims[0].clear()
-    assert list(tmp_path.iterdir()) == []
+    all_claims[0].begin()
+    assert [path.name for path in tmp_path.iterdir()] == [".gpuem-files.json"]
+    assert all_claims[0].owners() == {}
 
 
 def refuse_links(self, target):
@@ -384,6 +387,7 @@ def test_a_link_that_was_made_though_the_server_said_otherwise(tmp_path, monkeyp
 
     monkeypatch.setattr(Path, "hardlink_to", link_twice)
     claims = Claims(tmp_path, "job", 3, 4, 10)
+    claims.begin()
     assert claims.take() == range(1)
     assert claims.owners() == {0: 3}
 

@@ -51,10 +51,11 @@ def test_npy_both_orders(fortran, dtype, shape):
     expected = data.reshape(1, *shape) if len(shape) == 2 else data
     assert ds.shape == expected.shape
     assert np.array_equal(ds[...], expected)
-    found = gpuem.run(ds, [gpuem.Sum(), gpuem.CenterOfMass()])
+    # signed pixels are noise about 0, which com doesn't take for counts, but where it is as LiberTEM's
+    found = gpuem.run(ds, [gpuem.Sum(), gpuem.CenterOfMass(compatible="libertem")])
     frames = expected.reshape(-1, *shape[-2:])
     assert np.array_equal(found["sum/sum"].data, reference.frame_sum(frames))
-    center = (shape[-2] - 1) / 2, (shape[-1] - 1) / 2
+    center = shape[-2] // 2, shape[-1] // 2
     assert np.array_equal(found["com/shift_x"].data.ravel(), reference.com(frames, center)[:, 1])
 
 
@@ -217,16 +218,16 @@ def test_mistakes_of_the_python_interface():
         ({"header": 2**64}, "header"),
         ({"footer": 1.5}, "footer"),
         ({"header": True}, "header"),
-        ({"scan": (2**62, 2)}, "9,223,372,036,854,775,808 positions; gpuem takes up to 1,073,741,824"),
-        ({"scan": (2**62, 2), "fit": True}, "positions; gpuem takes up to"),
+        ({"scan": (2**61, 2)}, "4,611,686,018,427,387,904 positions; gpuem takes up to 1,073,741,824"),
+        ({"scan": (2**62, 2), "fit": True}, "whole number"),
         ({"scan": (2**31,), "fit": True}, "positions; gpuem takes up to"),
-        ({"scan": ()}, "whole numbers"),
+        ({"scan": ()}, "at least one position"),
         ({"scan": 4}, "whole numbers"),
         ({"scan": "44"}, "whole numbers"),
-        ({"scan": (True, 4)}, "whole numbers"),
+        ({"scan": (True, 4)}, "whole number"),
         ({"scan": (-4, -1)}, "at least one position"),
-        ({"skip": 2**70, "fit": True}, "leaves out all of its 4 frames"),
-        ({"skip": -(2**70), "fit": True}, "positions"),
+        ({"skip": 2**60, "fit": True}, "leaves out all of its 4 frames"),
+        ({"skip": -(2**60), "fit": True}, "positions"),
         ({"skip": -4, "scan": (4,), "fit": True}, "leaves none of the 4"),
         ({"skip": 1.5}, "whole number"),
     ],
@@ -283,7 +284,7 @@ def test_a_file_of_exactly_that_name_is_opened(tmp_path, monkeypatch, name):
 
 def test_the_home_folder_of_nobody(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RecipeError, match=r"~nosuchuser/x\.npy: no file of this name, and no user 'nosuchuser'"):
+    with pytest.raises(RecipeError, match=r"~nosuchuser/x\.npy': there is no user 'nosuchuser'"):
         gpuem.open("~nosuchuser/x.npy")
     (tmp_path / "r.toml").write_text(
         '[input]\npath="~nosuchuser/x.npy"\n[[analysis]]\nkind="sum"\n[output]\npath="o.zarr"'

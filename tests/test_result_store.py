@@ -285,7 +285,8 @@ def test_the_input_inside_of_a_result_keeps_it_from_being_replaced():
 @pytest.mark.parametrize("name", ["n" * 300, "a\0b", "/", "..", "x/..", "", "."])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_places_where_no_result_can_be(name, overwrite):
-    with pytest.raises(gpuem.OutputError):
+    # of a NUL the path itself is refused
+    with pytest.raises(gpuem.RecipeError if "\0" in name else gpuem.OutputError):
         some().save(name, overwrite=overwrite)
     assert os.listdir() == []
 

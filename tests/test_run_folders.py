@@ -148,7 +148,7 @@ def test_a_result_is_saved_though_its_run_folder_is_gone(tmp_path, caplog, how):
     if how.startswith("another"):
         assert (folder / "run.json").read_text() == "somebody else's"
         assert (folder / "store" / "done.jsonl").read_text() == "somebody else's\n"
-        with pytest.raises(errors.OutputError, match="no record in .* says that gpuem wrote it"):
+        with pytest.raises(errors.OutputError, match=r"no record in .* says that gpuem wrote it"):
             gpuem.run_recipe(path, resume=True)
         return
     assert_same(gpuem.run_recipe(path, resume=True)[0], truth)

@@ -119,7 +119,7 @@ def test_one_picture_that_fails_does_not_take_the_others_along(data, monkeypatch
     draw = plot.figure_of
     monkeypatch.setattr(plot, "figure_of", lambda title, maps: draw(title, maps) if title != "sum" else 1 / 0)
     found = gpuem.run(data, [gpuem.Sum(), gpuem.CenterOfMass()], device="cpu")
-    assert [path.name for path in plot.save_previews(found, Path("pictures"))] == ["com.png"]
+    assert [path.name for path in plot.save_previews(found, Path("pictures"))] == ["com.png", "sum.detectors.png"]
     assert len(caplog.records) == 1
     assert "no picture of sum: division by zero" in caplog.text
 

@@ -12,6 +12,7 @@ import pytest
 
 from gpuem import selftest, synthetic
 from gpuem.analyses import Map, deformation, reference_lattice
+from gpuem.axes import Axis
 from gpuem.backends import Weights
 from gpuem.errors import DataError, RecipeError
 from gpuem.synthetic import Pattern
@@ -335,7 +336,8 @@ class Oracle:
         for i, key in enumerate(("exx", "eyy", "exy", "rotation")):
             values[key], values[f"{key}_sigma"] = strain[:, i], sigma[:, i]
         shaped = {k: v.reshape(*view.scan_shape, *v.shape[1:]) for k, v in values.items()}
-        return {k: Map(v, view.scan, "", k) for k, v in shaped.items()}
+        axes = {k: (*view.scan, *(Axis("component", n) for n in v.shape[len(view.scan) :])) for k, v in shaped.items()}
+        return {k: Map(v, axes[k], "", k) for k, v in shaped.items()}
 
 
 def judged(monkeypatch, **options):

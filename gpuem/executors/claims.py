@@ -46,7 +46,7 @@ class Claims:
 
     def __init__(self, folder: Path, launch: str, rank: int, ranks: int, shards: int) -> None:
         self._folder, self._rank, self._ranks = folder, rank, ranks
-        self._prefix = f"claims/{hashlib.sha256(launch.encode()).hexdigest()[:12]}-"
+        self._prefix = f"claim-x{hashlib.sha256(launch.encode()).hexdigest()[:12]}."
         self._batches = batches(shards, ranks)
         self._next = 0
 
@@ -84,8 +84,8 @@ class Claims:
         OutputError
             Files of somebody else are there, or nothing can be written.
         """
-        ownership.remove(self._folder, "claims/*")
-        own = [f"claims/of-{rank}" for rank in range(self._ranks)]
+        ownership.remove(self._folder, "claim-*")
+        own = [f"claim-of.{rank}" for rank in range(self._ranks)]
         ownership.claim(self._folder, *own, *(f"{self._prefix}{k}" for k in range(len(self._batches))))
 
     def _claim(self, path: Path) -> bool:
@@ -93,7 +93,7 @@ class Claims:
         if path.exists():
             return False
         content = str(self._rank).encode()
-        own = self._folder / f"claims/of-{self._rank}"
+        own = self._folder / f"claim-of.{self._rank}"
         own.write_bytes(content)
         try:
             path.hardlink_to(own)

@@ -284,8 +284,8 @@ class DaskCrew:
         if self._run:
             try:
                 self.line.unregister(self._run)
-            except ResumableError as error:
-                # a worker hangs, or all is gone; when the connection is closed the scheduler sees to it
+            except (ResumableError, ValueError) as error:
+                # never registered, a worker hangs, or all is gone; when the connection closes the scheduler sees to it
                 log.debug("unregistering from Dask: %s", error)
         self._run = ""
 
