@@ -72,7 +72,7 @@ def look(asked: Strain, view: View, sample: Sample) -> StrainFit:
     shown = _of_crystal(sample, used)
     model, usual = _taught(asked, model, shown, view.scan_shape)
     model, used = _measured_lattices(asked, model, shown, used)
-    found = _refined(asked, probe, model, origin)
+    found = _refined(asked, probe, model, used[0].center, origin)
     lines = _lines(asked, found, lattices, used, parts, _wander(model.drift, view.scan_shape))
     second = next((lattice for lattice in lattices if lattice.kind == "second"), None)
     picture = Picture(
@@ -345,23 +345,22 @@ def _measured_lattices(
             continue
         # the mean, as it lies over the mean pattern; a frame that went wrong must not move it
         off = np.abs(mine - np.median(mine, axis=0))[:, 2:].max(axis=1)
-        lattices[grain] = mine[off <= WRONG * model.spacing].mean(axis=0)
-        if asked.center is not None:
-            lattices[grain, :2] = model.lattices[grain, :2]
-        center, a, b = ((float(v[0]), float(v[1])) for v in lattices[grain].reshape(3, 2))
-        found[grain] = replace(found[grain], center=center, a=a, b=b)
+        mean = mine[off <= WRONG * model.spacing].mean(axis=0)
+        center, a, b = ((float(v[0]), float(v[1])) for v in mean.reshape(3, 2))
+        found[grain] = replace(found[grain], center=asked.center or center, a=a, b=b)
+        # where the centre wanders, the mean of the frames that could be fitted is no better start than before
+        lattices[grain, 2:] = mean[2:]
     return replace(model, lattices=lattices, axes=_axes(asked, lattices[0, 2:].reshape(2, 2))), found
 
 
 # ---- in words
 
 
-def _refined(asked: Strain, found: FoundProbe, model: Model, origin: Origin) -> FoundProbe:
+def _refined(asked: Strain, found: FoundProbe, model: Model, center: tuple[float, float], origin: Origin) -> FoundProbe:
     """The probe in words, with the radius that was learned and the place that was chosen."""
     # what was told of a place among disks whose lattice wasn't known
     notes = [note.partition("; ")[2] if note.startswith("direct beam hidden") else note for note in found.notes]
     chosen = "as given" if asked.center is not None else ""
-    center = tuple(model.lattices[0, :2].tolist())
     told = tuple(note for note in (*notes, chosen, origin.doubt(), origin.describe()) if note)
     return replace(found, radius=float(model.probe.radius), edge=float(model.probe.width), center=center, notes=told)
 
