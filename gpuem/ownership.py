@@ -31,9 +31,8 @@ FORMAT, VERSION = "gpuem files", 1
 PICTURE = "gpuem picture"
 _RECORD = re.compile(r"\.gpuem-files(-[0-9]+)?\.json")
 _NUMBER = re.compile(r"-[0-9]+(?=\.|$)")
-# what a process of a run creates and removes again, and what ranks are about to create
-_TRANSIENT = re.compile(r"(lock|alive)(-[0-9]+)?")
-_PLANNED = re.compile(r"claim-(x[0-9a-f]{12}|of)\.[0-9]+")
+# what processes of a run create and remove again, maybe at this moment
+_TRANSIENT = re.compile(r"(lock|alive|rank)(-[0-9]+)?")
 _ID = re.compile(r"[0-9a-f]{32}")
 # a record of more than this was written by somebody else
 _MOST_NBYTES = 1 << 20
@@ -176,27 +175,31 @@ def remove(folder: Path, *patterns: str) -> None:
 
 
 def _forget_missing(folder: Path, patterns: Iterable[str]) -> None:
-    """Take names off the records whose files are gone; remove records that name nothing any more."""
+    """Take names that fit patterns off the records where the files are gone; without patterns all such names.
+
+    Other names stay: another process may have recorded one and be about to create its file. Records that name nothing
+    any more are removed.
+    """
+    patterns = tuple(patterns)
     for path in _records(folder):
         known = read_record(path)
         if known is None:
             continue
-        left = {name for name in known if name == "./" or os.path.lexists(folder / name.rstrip("/"))}
-        # another process may be about to create these anew, and needs no room on a full disk for that
-        transient = {
-            name
-            for name in known
-            if _TRANSIENT.fullmatch(name) or (_PLANNED.fullmatch(name) and not _fits(name, patterns))
-        }
-        if left <= {"./"}:
+        missing = {name for name in known if name != "./" and not os.path.lexists(folder / name.rstrip("/"))}
+        if known - missing <= {"./"} and not patterns:
             path.unlink(missing_ok=True)
             continue
-        left |= transient
-        if left == known:
-            continue
-        # what can't be written stays as it was: it names more than is there
-        with contextlib.suppress(OutputError):
-            _write(path, left)
+        gone = {
+            name
+            for name in missing
+            if not patterns or name.endswith("/") or (_fits(name, patterns) and not _TRANSIENT.fullmatch(name))
+        }
+        if known - gone <= {"./"}:
+            path.unlink(missing_ok=True)
+        elif gone:
+            # what can't be written stays as it was: it names more than is there
+            with contextlib.suppress(OutputError):
+                _write(path, known - gone)
 
 
 def remove_others(folder: Path, names: Iterable[str]) -> None:

@@ -88,7 +88,9 @@ def lonely(vectors: Array) -> Mask:
     high = np.take_along_axis(order, np.maximum(count // 2, 0)[None] % 8, axis=0)[0]
     middle = (low + high) / 2
     difference = vectors - middle
-    apart = np.sort(np.nan_to_num(np.hypot(*np.moveaxis(around - middle, -1, 0)), nan=0.0), axis=0)[-3]
+    apart = np.sort(np.nan_to_num(np.hypot(*np.moveaxis(around - middle, -1, 0)), nan=0.0), axis=0)
+    # at edges and corners neighbours lie to one side, where a slope alone makes a difference
+    apart = np.where(count[..., 0] == 8, apart[-3], apart[-1])
     known = np.isfinite(difference).all(axis=-1) & (count[..., 0] > 2)
     limit = max(FAR * max(spread_of(difference[known][:, 0]), spread_of(difference[known][:, 1])), LEAST)
     far = known & (np.hypot(difference[..., 0], difference[..., 1]) > np.maximum(limit, 3 * apart))
