@@ -256,8 +256,9 @@ def run_asked(
 ) -> tuple[Results, Path]:
     """`run_recipe`, once the recipe is read from `path`, and is of one data set."""
     output, folder = asked.output.path, run_folder.beside(asked.output.path)
-    there = results.is_result(output)
     outputs.begin(asked, path, overwrite=overwrite, resume=resume)
+    # only now: a result whose replacement was cut off has been restored
+    there = results.is_result(output)
     if not resume:
         run_folder.refuse_unfinished(folder, overwrite=overwrite)
     ds = open_input(asked)
@@ -297,9 +298,7 @@ def begin(
     """All of a run before it streams: look, unless a sample was `seen`, then prepare. ``gpuem check`` stops here."""
     _check(analyses)
     wanted, most = region(ds.scan_shape, roi), frames_wanted(ds, analyses)
-    if most and seen is None:
-        seen = sampling.take(ds, wanted, most, allowed_memory(options))
-        log.info("look: %d frames, spread over the scan", seen.positions.size)
+    seen = sampling.take_wanted(ds, analyses, wanted, allowed_memory(options), seen)
     resolved = look(ds, analyses, wanted, seen=seen)
     sampling.glance(ds, resolved, wanted, seen)
     return resolved, prepare(ds, resolved, options, roi, sample_nbytes(ds, most) if most else 0)

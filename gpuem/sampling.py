@@ -66,6 +66,22 @@ def take(ds: Dataset, wanted: NDArray[np.bool_], most: int, memory: int | None =
     return reading.sample(ds, wanted, most)
 
 
+def take_wanted(
+    ds: Dataset,
+    analyses: Sequence[Asked],
+    wanted: NDArray[np.bool_],
+    memory: int | None = None,
+    seen: Sample | None = None,
+) -> Sample | None:
+    """The sample that the analyses want, unless one was `seen` already; None where they want none; raises as `take`."""
+    most = frames_wanted(ds, analyses)
+    if not most or seen is not None:
+        return seen
+    seen = take(ds, wanted, most, memory)
+    log.info("look: %d frames, spread over the scan", seen.positions.size)
+    return seen
+
+
 def look(
     ds: Dataset,
     analyses: Sequence[Asked],
@@ -101,9 +117,7 @@ def look(
         The sample doesn't fit into memory.
     """
     most, view = frames_wanted(ds, analyses), view_of(ds)
-    if most and seen is None:
-        seen = take(ds, wanted, most, memory)
-        log.info("look: %d frames, spread over the scan", seen.positions.size)
+    seen = take_wanted(ds, analyses, wanted, memory, seen)
     if most and seen is not None and any(isinstance(one, Centered) and one.center == "auto" for one in analyses):
         log.info("%s", seen.direct_beam.describe())
     resolved: list[Any] = []
